@@ -1,0 +1,118 @@
+"""What is needed to build a Mixture-of-Experts GPT model, with or without a checkpoint at hand."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from pikv_megatron.checkpoint.rotary import RotaryScaling
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Architecture(BaseModel):
+    """Sizes and choices of a model, under Megatron-Core's names. Unknown keys are refused.
+
+    `configs/model/*.yaml` explain every field. `family` decides only how tensors are named in a
+    Hugging Face directory.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: Literal["mixtral", "qwen3_moe", "olmoe"] = "mixtral"
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
+    kv_channels: PositiveInt | None = None
+    num_experts: PositiveInt
+    moe_router_topk: PositiveInt = 2
+    moe_router_pre_softmax: bool = False
+    moe_ffn_hidden_size: PositiveInt
+    dense_layers: tuple[int, ...] = ()
+    ffn_hidden_size: PositiveInt | None = None
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    layernorm_epsilon: float = Field(default=1e-5, gt=0)
+    qk_layernorm: Literal["none", "head", "projection"] = "none"
+    clip_qkv: float | None = Field(default=None, gt=0)
+    rotary_base: float = Field(default=10000.0, gt=1)
+    rotary_scaling: RotaryScaling | None = None
+    vocab_size: PositiveInt
+    max_sequence_length: PositiveInt
+    tie_embeddings: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @classmethod
+    def from_huggingface(cls, directory: str | Path) -> "Architecture":
+        """Read `config.json` of a Mixtral, Qwen3-MoE or OLMoE directory.
+
+        Raises:
+            ValueError: the architecture, or a setting of it, is not supported.
+        """
+        from pikv_megatron.checkpoint.huggingface_config import read_architecture
+
+        return read_architecture(Path(directory))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Architecture":
+        """Read a description without weights, such as `configs/model/demo.yaml`."""
+        fields = yaml.safe_load(Path(path).read_text())
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} must hold keys and values, one a line")
+        return cls(**fields)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type in which the checkpoint stores its weights."""
+        return DTYPES[self.dtype]
+
+    @property
+    def moe_layer_freq(self) -> list[int]:
+        """Megatron-Core's pattern of layers: 1 for Mixture-of-Experts, 0 for dense."""
+        return [int(layer not in self.dense_layers) for layer in range(self.num_layers)]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Architecture":
+        self._check_heads()
+        self._check_experts()
+        return self
+
+    def _check_heads(self) -> None:
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if heads % groups:
+            raise ValueError(f"num_query_groups {groups} must divide num_attention_heads {heads}")
+        if self.kv_channels is None and self.hidden_size % heads:
+            raise ValueError(
+                f"num_attention_heads {heads} must divide hidden_size {self.hidden_size}, "
+                "or kv_channels must be set"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"kv_channels {self.head_dim} must be even: rotary pairs need it")
+
+        if self.clip_qkv is not None and self.qk_layernorm != "projection":
+            raise ValueError(f"clip_qkv = {self.clip_qkv} needs qk_layernorm = 'projection'")
+
+    def _check_experts(self) -> None:
+        if self.moe_router_topk > self.num_experts:
+            raise ValueError(
+                f"moe_router_topk {self.moe_router_topk} exceeds num_experts {self.num_experts}"
+            )
+        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            raise ValueError(
+                "moe_router_topk = 1 needs moe_router_pre_softmax = true: a softmax over one "
+                "expert is constant"
+            )
+        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
+        if outside:
+            raise ValueError(f"dense_layers {outside} are not among {self.num_layers} layers")
+        if self.dense_layers and self.ffn_hidden_size is None:
+            raise ValueError("dense_layers need ffn_hidden_size, their width")

@@ -1,0 +1,58 @@
+"""Writes a Megatron-Core model as a Hugging Face directory."""
+
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from safetensors.torch import save_file
+
+from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
+from pikv_megatron.checkpoint.huggingface_config import write_config
+from pikv_megatron.checkpoint.name_table import global_name, name_table
+
+
+def save_huggingface(
+    model: GPTModel,
+    architecture: Architecture,
+    directory: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write `config.json` and `model.safetensors`, which transformers and `load_huggingface` read.
+
+    Args:
+        model: a whole model: expert and tensor parallel size 1.
+        architecture: what the model was built from; its family decides the names.
+        directory: made if missing; files of the same names are replaced.
+        dtype: type in which the weights are stored.
+
+    Raises:
+        ValueError: the model is spread over ranks, or its family cannot say what it is.
+    """
+    config = model.config
+    for field in ("expert_model_parallel_size", "tensor_model_parallel_size"):
+        if getattr(config, field) != 1:
+            raise ValueError(
+                f"{field} is {getattr(config, field)}, export needs 1: save with save_megatron "
+                "and load on one rank first"
+            )
+    dtype_names = {value: name for name, value in DTYPES.items()}
+    if dtype not in dtype_names:
+        raise ValueError(f"dtype {dtype} is not supported, only {', '.join(DTYPES)} are")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_config(architecture, directory, dtype_names[dtype])
+    tensors = _huggingface_tensors(model, architecture, dtype)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _huggingface_tensors(
+    model: GPTModel, architecture: Architecture, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    table, tensors = name_table(architecture), {}
+    for name, parameter in model.named_parameters():
+        slot = table.pop(global_name(name, first_expert=0))
+        for source, tensor in zip(slot.sources, slot.unpack(parameter.detach()), strict=True):
+            assert tensor.shape == source.shape, f"{name}: {tuple(tensor.shape)}"
+            tensors[source.name] = tensor.to("cpu", dtype).contiguous()
+    assert not table, f"the model lacks {list(table)}"
+    return tensors

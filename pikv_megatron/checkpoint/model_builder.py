@@ -1,0 +1,235 @@
+"""Builds Megatron-Core's GPTModel from an `Architecture`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.projection_norm import (
+    KeyProjectionNorm,
+    QueryProjectionNorm,
+    clip_values,
+)
+from pikv_megatron.transformer.cpu_fallback import apply_cpu_fallback
+
+SpecTransform = Callable[[TransformerBlockSubmodules], TransformerBlockSubmodules]
+
+
+def identity(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """The stock layer spec."""
+    return spec
+
+
+@dataclass
+class GPTConfig(TransformerConfig):
+    """Megatron-Core's config with what it reads of one, or this package does, but declares not.
+
+    Attributes:
+        clip_qkv: bound on queries, keys and values (OLMoE).
+        yarn_rotary_scaling_factor and the other `yarn_` fields: see `RotaryScaling`.
+    """
+
+    clip_qkv: float | None = None
+    yarn_rotary_scaling_factor: float = 1.0
+    yarn_original_max_position_embeddings: int | None = None
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float | None = None
+    yarn_mscale_all_dim: float | None = None
+    yarn_correction_range_round_to_int: bool = True
+
+
+def transformer_config(
+    architecture: Architecture,
+    pg_collection: ProcessGroupCollection,
+    dtype: torch.dtype = torch.float32,
+    overrides: Mapping[str, Any] | None = None,
+) -> GPTConfig:
+    """Megatron-Core's config for inference; `overrides` sets fields of it, for training say.
+
+    Raises:
+        ValueError: the parallel sizes do not divide the architecture's.
+    """
+    tensor_parallel, expert_parallel = pg_collection.tp.size(), pg_collection.ep.size()
+    _check_parallel_sizes(architecture, pg_collection)
+    fields = dict(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn_hidden_size or architecture.moe_ffn_hidden_size,
+        num_moe_experts=architecture.num_experts,
+        moe_router_topk=architecture.moe_router_topk,
+        moe_router_pre_softmax=architecture.moe_router_pre_softmax,
+        moe_ffn_hidden_size=architecture.moe_ffn_hidden_size,
+        moe_layer_freq=architecture.moe_layer_freq,
+        moe_token_dispatcher_type="alltoall",  # the one that takes uneven rows per rank
+        moe_router_load_balancing_type="none",
+        normalization=architecture.normalization,
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        qk_layernorm=architecture.qk_layernorm != "none",
+        clip_qkv=architecture.clip_qkv,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_backend=AttnBackend.auto if _has_transformer_engine() else AttnBackend.local,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        tensor_model_parallel_size=tensor_parallel,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=tensor_parallel,
+    )
+    return GPTConfig(**fields | _yarn_fields(architecture) | dict(overrides or {}))
+
+
+def layer_spec(architecture: Architecture) -> TransformerBlockSubmodules:
+    """The stock block spec: TransformerEngine's modules where it and CUDA are, else local ones."""
+    layers = [_one_layer_spec(architecture, moe == 1) for moe in architecture.moe_layer_freq]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(architecture))
+
+
+def build_model(
+    architecture: Architecture,
+    pg_collection: ProcessGroupCollection,
+    dtype: torch.dtype = torch.float32,
+    spec_transform: SpecTransform = identity,
+    overrides: Mapping[str, Any] | None = None,
+) -> GPTModel:
+    """Build the model in evaluation mode, with random weights.
+
+    Args:
+        architecture: what to build.
+        pg_collection: from `init_process_groups`; gives the parallel sizes.
+        dtype: type of the weights and of the computation.
+        spec_transform: gets the stock block spec and returns the one to build.
+        overrides: fields of Megatron-Core's config to set, for training say.
+    """
+    apply_cpu_fallback()
+    config = transformer_config(architecture, pg_collection, dtype, overrides)
+    model = GPTModel(
+        config,
+        spec_transform(layer_spec(architecture)),
+        vocab_size=padded_vocab_size(architecture, pg_collection),
+        max_sequence_length=architecture.max_sequence_length,
+        share_embeddings_and_output_weights=architecture.tie_embeddings,
+        pg_collection=pg_collection,
+        **_rotary_arguments(architecture),
+    )
+    return model.eval()
+
+
+def padded_vocab_size(architecture: Architecture, pg_collection: ProcessGroupCollection) -> int:
+    """The vocabulary, rounded up so that tensor-parallel ranks hold equal parts."""
+    tensor_parallel = pg_collection.tp.size()
+    return -(-architecture.vocab_size // tensor_parallel) * tensor_parallel
+
+
+def _check_parallel_sizes(architecture: Architecture, pg: ProcessGroupCollection) -> None:
+    tensor_parallel, expert_parallel = pg.tp.size(), pg.ep.size()
+    if pg.pp.size() > 1:
+        raise ValueError(f"pipeline parallel size {pg.pp.size()} is not supported: it must be 1")
+    for field in ("num_query_groups", "moe_ffn_hidden_size", "ffn_hidden_size"):
+        value = getattr(architecture, field)
+        if value is not None and value % tensor_parallel:
+            raise ValueError(
+                f"tensor parallel size {tensor_parallel} must divide {field} {value}"
+            )
+    if architecture.num_experts % expert_parallel:
+        raise ValueError(
+            f"expert parallel size {expert_parallel} must divide num_experts "
+            f"{architecture.num_experts}"
+        )
+
+
+def _one_layer_spec(architecture: Architecture, moe: bool) -> ModuleSpec:
+    arguments = dict(
+        num_experts=architecture.num_experts if moe else None,
+        qk_layernorm=architecture.qk_layernorm != "none",
+    )
+    if _has_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec(**arguments)
+    else:
+        # By this name Megatron-Core picks torch's norms, which read the real one from the config;
+        # by any other, Apex's, wherever some package of that name can be imported.
+        torch_norm = _norm(architecture) is WrappedTorchNorm
+        arguments["normalization"] = "RMSNorm" if torch_norm else "LayerNorm"
+        spec = get_gpt_layer_local_spec(**arguments)
+    if architecture.qk_layernorm == "projection":
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm, attention.k_layernorm = QueryProjectionNorm, KeyProjectionNorm
+        if architecture.clip_qkv is not None:
+            attention.linear_qkv = clip_values(attention.linear_qkv)
+    return spec
+
+
+def _norm(architecture: Architecture) -> type:
+    if _has_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    if architecture.normalization == "LayerNorm" and _has_nvidia_apex():
+        from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+
+        return FusedLayerNorm
+    return WrappedTorchNorm
+
+
+def _has_transformer_engine() -> bool:
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return torch.cuda.is_available() and gpt_layer_specs.HAVE_TE
+
+
+def _has_nvidia_apex() -> bool:
+    from megatron.core.fusions import fused_layer_norm
+
+    return torch.cuda.is_available() and fused_layer_norm.HAVE_FUSED_LAYER_NORM
+
+
+def _rotary_arguments(architecture: Architecture) -> dict[str, Any]:
+    scaling = architecture.rotary_scaling
+    arguments: dict[str, Any] = dict(
+        position_embedding_type="rope", rotary_base=architecture.rotary_base
+    )
+    if scaling is None:
+        return arguments
+    by_kind = {
+        "linear": dict(seq_len_interpolation_factor=scaling.factor),
+        "llama3": dict(rope_scaling=True, rope_scaling_factor=scaling.factor),
+        "yarn": dict(position_embedding_type="yarn"),
+    }
+    return arguments | by_kind[scaling.kind]
+
+
+def _yarn_fields(architecture: Architecture) -> dict[str, Any]:
+    scaling = architecture.rotary_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return {}
+    return dict(
+        yarn_rotary_scaling_factor=scaling.factor,
+        yarn_original_max_position_embeddings=scaling.original_max_positions,
+        yarn_beta_fast=scaling.beta_fast,
+        yarn_beta_slow=scaling.beta_slow,
+        yarn_mscale=scaling.mscale,
+        yarn_mscale_all_dim=scaling.mscale_all_dim,
+        yarn_correction_range_round_to_int=scaling.round_correction_range,
+    )

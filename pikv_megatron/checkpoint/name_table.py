@@ -1,0 +1,165 @@
+"""One table of tensor names, read in both directions: Hugging Face to Megatron-Core and back.
+
+Legend: h hidden size, hn width of a head, np attention heads, ng query groups, f width of an
+expert or a dense layer.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pikv_megatron.checkpoint.architecture import Architecture
+
+# TransformerEngine fuses a norm into the linear layer behind it and renames its weight.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+EXPERT_NAMES = {"mixtral": ("w1", "w3", "w2")}
+DEFAULT_EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face tensor, or its place in the fused tensor that newer releases may write.
+
+    Attributes:
+        name: the usual name.
+        shape: the tensor's whole shape.
+        other_name: the tensor's other spelling, if there is one.
+        expert: its first index there, where that tensor holds all experts.
+        first_row: its first row there, where that tensor also holds gate and up together.
+        other_shape: the whole shape of that tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    other_name: str | None = None
+    other_shape: tuple[int, ...] = ()
+    expert: int | None = None
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """How one Megatron-Core parameter is made of Hugging Face tensors.
+
+    Attributes:
+        sources: the tensors; more than one are packed together.
+        tp_axis: the axis of every source that tensor-parallel ranks split, if any.
+        group_dim: hn where q, k and v are interleaved by query group; 0 where rows are stacked.
+    """
+
+    sources: tuple[Source, ...]
+    tp_axis: int | None = None
+    group_dim: int = 0
+
+    def pack(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """One parameter from its (whole, or equally split) sources."""
+        if self.group_dim:
+            groups = parts[1].shape[0] // self.group_dim
+            return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+        return torch.cat(parts)
+
+    def unpack(self, parameter: torch.Tensor) -> list[torch.Tensor]:
+        """The sources of one whole parameter."""
+        rows = [source.shape[0] for source in self.sources]
+        if self.group_dim:
+            groups = rows[1] // self.group_dim
+            grouped = parameter.unflatten(0, (groups, -1))
+            return [p.flatten(0, 1) for p in grouped.split([row // groups for row in rows], 1)]
+        return list(parameter.split(rows))
+
+
+def name_table(architecture: Architecture) -> dict[str, Slot]:
+    """Every parameter of the whole model, under its name at expert-parallel size 1.
+
+    Raises:
+        ValueError: the architecture has parameters that no Hugging Face directory names.
+    """
+    if architecture.normalization != "RMSNorm":
+        raise ValueError(
+            f"normalization = {architecture.normalization!r} has no Hugging Face names: "
+            "save it with save_megatron"
+        )
+    a, table = architecture, {}
+    vocabulary = (a.vocab_size, a.hidden_size)
+    table["embedding.word_embeddings.weight"] = _plain("model.embed_tokens.weight", vocabulary, 0)
+    table["decoder.final_layernorm.weight"] = _plain("model.norm.weight", (a.hidden_size,))
+    if not a.tie_embeddings:
+        table["output_layer.weight"] = _plain("lm_head.weight", vocabulary, 0)
+    for layer, is_moe in enumerate(a.moe_layer_freq):
+        slots = [*_attention_slots(a, f"model.layers.{layer}.")]
+        slots += _moe_slots(a, layer) if is_moe else _dense_slots(a, layer)
+        table |= {f"decoder.layers.{layer}.{name}": slot for name, slot in slots}
+    return table
+
+
+def global_name(parameter: str, first_expert: int) -> str:
+    """A parameter's name in `name_table`: local experts counted from the first of this rank."""
+    for fused, plain in FUSED_NORMS.items():
+        parameter = parameter.replace(fused, plain)
+    return re.sub(
+        r"(?<=local_experts\.)\d+", lambda m: str(int(m.group()) + first_expert), parameter
+    )
+
+
+def _plain(name: str, shape: tuple[int, ...], tp_axis: int | None = None) -> Slot:
+    return Slot((Source(name, shape),), tp_axis)
+
+
+def _attention_slots(a: Architecture, prefix: str) -> Iterator[tuple[str, Slot]]:
+    h, hn = a.hidden_size, a.head_dim
+    q_rows, kv_rows = a.num_attention_heads * hn, a.num_query_groups * hn
+    attention = prefix + "self_attn."
+    yield "input_layernorm.weight", _plain(prefix + "input_layernorm.weight", (h,))
+    yield "pre_mlp_layernorm.weight", _plain(prefix + "post_attention_layernorm.weight", (h,))
+    qkv = tuple(
+        Source(f"{attention}{letter}_proj.weight", (rows, h))
+        for letter, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
+    )
+    yield "self_attention.linear_qkv.weight", Slot(qkv, tp_axis=0, group_dim=hn)
+    projection = _plain(attention + "o_proj.weight", (h, q_rows), 1)
+    yield "self_attention.linear_proj.weight", projection
+    if a.qk_layernorm != "none":
+        whole = a.qk_layernorm == "projection"
+        for letter, rows in (("q", q_rows), ("k", kv_rows)):
+            slot = _plain(
+                f"{attention}{letter}_norm.weight", (rows if whole else hn,), 0 if whole else None
+            )
+            yield f"self_attention.{letter}_layernorm.weight", slot
+
+
+def _dense_slots(a: Architecture, layer: int) -> Iterator[tuple[str, Slot]]:
+    prefix, h, f = f"model.layers.{layer}.mlp.", a.hidden_size, a.ffn_hidden_size
+    gate_up = tuple(Source(f"{prefix}{name}_proj.weight", (f, h)) for name in ("gate", "up"))
+    yield "mlp.linear_fc1.weight", Slot(gate_up, tp_axis=0)
+    yield "mlp.linear_fc2.weight", _plain(prefix + "down_proj.weight", (h, f), 1)
+
+
+def _moe_slots(a: Architecture, layer: int) -> Iterator[tuple[str, Slot]]:
+    prefix, shape = f"model.layers.{layer}.", (a.num_experts, a.hidden_size)
+    block = prefix + ("block_sparse_moe." if a.family == "mixtral" else "mlp.")
+    gate = Source(block + "gate.weight", shape, prefix + "mlp.gate.weight", shape)
+    yield "mlp.router.weight", Slot((gate,))
+    for expert in range(a.num_experts):
+        gate_up, down = _expert_sources(a, f"{block}experts.", f"{prefix}mlp.experts.", expert)
+        name = f"mlp.experts.local_experts.{expert}."
+        yield name + "linear_fc1.weight", Slot(gate_up, tp_axis=0)
+        yield name + "linear_fc2.weight", Slot((down,), tp_axis=1)
+
+
+def _expert_sources(
+    a: Architecture, block: str, fused_block: str, expert: int
+) -> tuple[tuple[Source, Source], Source]:
+    e, h, f = a.num_experts, a.hidden_size, a.moe_ffn_hidden_size
+    names = EXPERT_NAMES.get(a.family, DEFAULT_EXPERT_NAMES)
+    gate, up, down = (f"{block}{expert}.{name}.weight" for name in names)
+    fused, fused_shape = fused_block + "gate_up_proj", (e, 2 * f, h)
+    gate_up = (
+        Source(gate, (f, h), fused, fused_shape, expert),
+        Source(up, (f, h), fused, fused_shape, expert, first_row=f),
+    )
+    return gate_up, Source(down, (h, f), fused_block + "down_proj", (e, h, f), expert)
