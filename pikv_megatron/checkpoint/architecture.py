@@ -76,9 +76,9 @@ class Architecture(BaseModel):
         return DTYPES[self.dtype]
 
     @property
-    def moe_layer_freq(self) -> list[int]:
-        """Megatron-Core's pattern of layers: 1 for Mixture-of-Experts, 0 for dense."""
-        return [int(layer not in self.dense_layers) for layer in range(self.num_layers)]
+    def is_moe_layer(self) -> list[bool]:
+        """For every layer, whether it has experts or one dense block."""
+        return [layer not in self.dense_layers for layer in range(self.num_layers)]
 
     @model_validator(mode="after")
     def _check(self) -> "Architecture":

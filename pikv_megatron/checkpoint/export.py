@@ -7,7 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
-from pikv_megatron.checkpoint.huggingface_config import write_config
+from pikv_megatron.checkpoint.config_writer import write_config
 from pikv_megatron.checkpoint.name_table import global_name, name_table
 
 

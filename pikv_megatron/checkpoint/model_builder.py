@@ -77,7 +77,7 @@ def transformer_config(
         moe_router_topk=architecture.moe_router_topk,
         moe_router_pre_softmax=architecture.moe_router_pre_softmax,
         moe_ffn_hidden_size=architecture.moe_ffn_hidden_size,
-        moe_layer_freq=architecture.moe_layer_freq,
+        moe_layer_freq=_moe_layer_freq(architecture),
         moe_token_dispatcher_type="alltoall",  # the one that takes uneven rows per rank
         moe_router_load_balancing_type="none",
         normalization=architecture.normalization,
@@ -103,7 +103,7 @@ def transformer_config(
 
 def layer_spec(architecture: Architecture) -> TransformerBlockSubmodules:
     """The stock block spec: TransformerEngine's modules where it and CUDA are, else local ones."""
-    layers = [_one_layer_spec(architecture, moe == 1) for moe in architecture.moe_layer_freq]
+    layers = [_one_layer_spec(architecture, is_moe) for is_moe in architecture.is_moe_layer]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(architecture))
 
 
@@ -134,6 +134,8 @@ def build_model(
         pg_collection=pg_collection,
         **_rotary_arguments(architecture),
     )
+    for parameter in model.parameters():  # torch's norms make float32 weights, whatever is asked
+        parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 
@@ -160,9 +162,15 @@ def _check_parallel_sizes(architecture: Architecture, pg: ProcessGroupCollection
         )
 
 
-def _one_layer_spec(architecture: Architecture, moe: bool) -> ModuleSpec:
+def _moe_layer_freq(architecture: Architecture) -> int | list[int]:
+    # With a list, Megatron-Core names the tensors of its checkpoints layer by layer; an even stack
+    # keeps the number 1, and with it the stacked names of everybody else's checkpoints.
+    return [int(moe) for moe in architecture.is_moe_layer] if architecture.dense_layers else 1
+
+
+def _one_layer_spec(architecture: Architecture, is_moe: bool) -> ModuleSpec:
     arguments = dict(
-        num_experts=architecture.num_experts if moe else None,
+        num_experts=architecture.num_experts if is_moe else None,
         qk_layernorm=architecture.qk_layernorm != "none",
     )
     if _has_transformer_engine():

@@ -90,7 +90,7 @@ def name_table(architecture: Architecture) -> dict[str, Slot]:
     table["decoder.final_layernorm.weight"] = _plain("model.norm.weight", (a.hidden_size,))
     if not a.tie_embeddings:
         table["output_layer.weight"] = _plain("lm_head.weight", vocabulary, 0)
-    for layer, is_moe in enumerate(a.moe_layer_freq):
+    for layer, is_moe in enumerate(a.is_moe_layer):
         slots = [*_attention_slots(a, f"model.layers.{layer}.")]
         slots += _moe_slots(a, layer) if is_moe else _dense_slots(a, layer)
         table |= {f"decoder.layers.{layer}.{name}": slot for name, slot in slots}

@@ -1,0 +1,187 @@
+"""Architectures: read from `config.json` and YAML, refused where Megatron-Core cannot follow."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import LLAMA3, YARN, mixtral, olmoe, qwen3_moe
+from transformers import AutoConfig
+
+from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.config_writer import write_config
+from pikv_megatron.checkpoint.rotary import RotaryScaling
+
+MODELS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+CONFIGS = {
+    "mixtral": mixtral().config.to_dict() | {"architectures": ["MixtralForCausalLM"]},
+    "qwen3": qwen3_moe().config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]},
+    "olmoe": olmoe().config.to_dict() | {"architectures": ["OlmoeForCausalLM"]},
+}
+
+
+def read(tmp_path: Path, family: str, drop: tuple[str, ...] = (), **changes) -> Architecture:
+    config = {k: v for k, v in CONFIGS[family].items() if k not in drop} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return Architecture.from_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_model_file_loads_and_explains_every_key(path):
+    Architecture.from_yaml(path)
+    lines = path.read_text().splitlines()
+    keys = [line.split(":")[0] for line in lines if line and line[0] not in "# "]
+    assert set(keys) == set(Architecture.model_fields)
+    for i, line in enumerate(lines):
+        if line and line[0] not in "# ":
+            comment = " ".join(_comment_above(lines, i))
+            assert "Default:" in comment or "Required" in comment, line
+
+
+def test_unknown_key_is_refused(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text(MODELS[0].read_text() + "num_heads: 4\n")
+    with pytest.raises(ValueError, match="num_heads"):
+        Architecture.from_yaml(path)
+
+
+def test_yaml_without_keys_is_refused(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("4\n")
+    with pytest.raises(ValueError, match="keys and values"):
+        Architecture.from_yaml(path)
+
+
+def test_rotary_settings_of_older_releases(tmp_path):
+    old = read(tmp_path, "qwen3", ("rope_parameters",), rope_theta=5e5, rope_scaling=None)
+    assert (old.rotary_base, old.rotary_scaling) == (5e5, None)
+    scaling = {"type": "linear", "factor": 4.0}
+    old = read(tmp_path, "qwen3", ("rope_parameters",), rope_theta=5e5, rope_scaling=scaling)
+    assert old.rotary_scaling == RotaryScaling(kind="linear", factor=4.0)
+    assert read(tmp_path, "mixtral", ("rope_parameters",)).rotary_base == 1e6
+
+
+def test_expert_count_under_either_name(tmp_path):
+    new = read(tmp_path, "qwen3", ("num_experts", "num_local_experts"), num_local_experts=8)
+    old = read(tmp_path, "qwen3", ("num_experts", "num_local_experts"), num_experts=8)
+    assert new == old and new.num_experts == 8
+
+
+def test_dense_layers_follow_both_rules(tmp_path):
+    stepped = read(tmp_path, "qwen3", decoder_sparse_step=2, num_hidden_layers=5)
+    assert stepped.dense_layers == (0, 2, 4)
+    listed = read(tmp_path, "qwen3", mlp_only_layers=[1])
+    assert listed.is_moe_layer == [True, False, True]
+
+
+def test_several_end_tokens(tmp_path):
+    assert read(tmp_path, "mixtral", eos_token_id=[2, 5]).eos_ids == (2, 5)
+    assert read(tmp_path, "mixtral", eos_token_id=None).eos_ids == ()
+
+
+def test_sliding_window_as_wide_as_the_context_changes_nothing(tmp_path):
+    assert read(tmp_path, "mixtral", sliding_window=256) == read(tmp_path, "mixtral")
+    assert read(tmp_path, "qwen3", sliding_window=4, use_sliding_window=False)
+
+
+@pytest.mark.parametrize(
+    "family, changes, message",
+    [
+        ("mixtral", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*Mixtral.*Olmoe"),
+        ("mixtral", {"architectures": None}, "architectures"),
+        ("mixtral", {"sliding_window": 128}, "sliding_window = 128"),
+        ("qwen3", {"sliding_window": 16, "use_sliding_window": True}, "sliding_window = 16"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("olmoe", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("olmoe", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("olmoe", {"dtype": "float8"}, "dtype = 'float8'"),
+        ("mixtral", {"hidden_size": None}, "hidden_size is missing"),
+        ("mixtral", {"num_experts_per_tok": 9}, "moe_router_topk 9 exceeds num_experts 8"),
+        ("mixtral", {"num_experts_per_tok": 1}, "moe_router_topk = 1"),
+        ("mixtral", {"num_key_value_heads": 3}, "num_query_groups 3"),
+        ("mixtral", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
+        ("mixtral", {"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
+        ("mixtral", {"rope_parameters": LLAMA3 | {"low_freq_factor": 2}}, "low_freq_factor = 2"),
+        ("mixtral", {"rope_parameters": YARN | {"attention_factor": 3}}, "attention_factor = 3"),
+        ("mixtral", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, family, changes, message):
+    with pytest.raises(ValueError, match=f"(?s)config.json.*{message}"):
+        read(tmp_path, family, **changes)
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", "{"])
+def test_broken_config_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json"):
+        Architecture.from_huggingface(tmp_path)
+
+
+SCALINGS = st.none() | st.builds(
+    RotaryScaling, kind=st.sampled_from(["linear", "llama3"]), factor=st.floats(1.0, 16.0)
+) | st.builds(
+    RotaryScaling, kind=st.just("yarn"), factor=st.floats(1.0, 16.0),
+    original_max_positions=st.integers(32, 4096), beta_fast=st.floats(8, 64),
+    mscale=st.just(0.7), mscale_all_dim=st.just(1.2),
+)
+COMMON = dict(
+    num_layers=st.just(4), hidden_size=st.just(32), num_attention_heads=st.just(4),
+    num_query_groups=st.sampled_from([1, 2, 4]), num_experts=st.integers(2, 9),
+    moe_ffn_hidden_size=st.integers(1, 99), layernorm_epsilon=st.sampled_from([1e-5, 1e-6]),
+    rotary_base=st.floats(100.0, 1e7), rotary_scaling=SCALINGS, vocab_size=st.integers(1, 999),
+    max_sequence_length=st.integers(1, 9999), tie_embeddings=st.booleans(),
+    bos_id=st.none() | st.integers(0, 9), eos_ids=st.lists(st.integers(0, 9)).map(tuple),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+ARCHITECTURES = st.one_of(
+    st.builds(Architecture, family=st.just("mixtral"), kv_channels=st.none() | st.just(16), **COMMON),
+    st.builds(
+        Architecture, family=st.just("qwen3_moe"), qk_layernorm=st.just("head"),
+        dense_layers=st.just((1, 3)), ffn_hidden_size=st.just(40),
+        moe_router_pre_softmax=st.booleans(), **COMMON,
+    ),
+    st.builds(
+        Architecture, family=st.just("olmoe"), qk_layernorm=st.just("projection"),
+        clip_qkv=st.none() | st.just(8.0), moe_router_pre_softmax=st.booleans(), **COMMON,
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ARCHITECTURES)
+def test_written_configs_read_back_equal(tmp_path_factory, architecture):
+    directory = tmp_path_factory.mktemp("config")
+    write_config(architecture, directory, architecture.dtype)
+    assert Architecture.from_huggingface(directory) == architecture
+
+
+def test_written_configs_load_in_transformers(tmp_path):
+    write_config(Architecture.from_yaml(MODELS[-1]), tmp_path, "bfloat16")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.model_type, config.rope_parameters["rope_theta"]) == ("mixtral", 10000.0)
+
+
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"qk_layernorm": "head"}, "qk_layernorm"),
+        ({"normalization": "LayerNorm"}, "normalization"),
+        ({"moe_router_pre_softmax": True}, "moe_router_pre_softmax"),
+        ({"dense_layers": [0], "ffn_hidden_size": 8}, "dense_layers"),
+    ],
+)
+def test_what_a_family_cannot_say_is_not_written(tmp_path, changes, field):
+    architecture = Architecture(**Architecture.from_yaml(MODELS[0]).model_dump() | changes)
+    with pytest.raises(ValueError, match=field):
+        write_config(architecture, tmp_path, "float32")
+
+
+def _comment_above(lines: list[str], i: int) -> list[str]:
+    comment = []
+    while i > 0 and lines[i - 1].startswith("#"):
+        i -= 1
+        comment.append(lines[i])
+    return comment

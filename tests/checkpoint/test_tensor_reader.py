@@ -1,0 +1,177 @@
+"""A directory that is not what it should be is refused with the file and the tensor named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import mixtral
+
+from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.huggingface import load_huggingface
+from pikv_megatron.checkpoint.tensor_reader import TensorReader
+
+TENSOR = "model.layers.1.self_attn.k_proj.weight"
+EXPERT = "model.layers.2.block_sparse_moe.experts.5.w2.weight"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("saved")
+    model = mixtral()
+    model.save_pretrained(root / "single")
+    model.save_pretrained(root / "sharded", max_shard_size="20KB")
+    return root
+
+
+@pytest.fixture
+def single(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved / "single", tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved / "sharded", tmp_path / "model"))
+
+
+def load_error(directory: Path) -> str:
+    """The error of a load; all of these come before the process groups are looked at."""
+    with pytest.raises(ValueError) as error:
+        load_huggingface(directory, pg_collection=None)
+    return str(error.value)
+
+
+def change(directory: Path, function) -> None:
+    """Rewrite the single file with `function` applied to its tensors."""
+    tensors = load_file(directory / "model.safetensors")
+    function(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def shard_of(directory: Path, tensor: str) -> Path:
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    return directory / index["weight_map"][tensor]
+
+
+def cut(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+@pytest.mark.parametrize("name", [TENSOR, EXPERT, "model.norm.weight", "lm_head.weight"])
+def test_missing_tensor(single, name):
+    change(single, lambda tensors: tensors.pop(name))
+    message = load_error(single)
+    assert name in message and "model.safetensors" in message and "missing" in message
+
+
+def test_wrong_shape(single):
+    change(single, lambda tensors: tensors.update({TENSOR: torch.zeros(17, 32)}))
+    message = load_error(single)
+    assert TENSOR in message and "(17, 32)" in message and "(16, 32)" in message
+    assert str(single / "model.safetensors") in message
+
+
+def test_integer_tensor(single):
+    change(single, lambda t: t.update({TENSOR: torch.zeros(16, 32, dtype=torch.int8)}))
+    assert TENSOR in load_error(single)
+
+
+def test_tensor_that_the_architecture_has_no_place_for(single):
+    bias = "model.layers.1.self_attn.k_proj.bias"
+    change(single, lambda tensors: tensors.update({bias: torch.zeros(16)}))
+    assert bias in load_error(single)
+
+
+def test_truncated_file_names_the_first_tensor_lost(single):
+    path = single / "model.safetensors"
+    last = max(header(path).items(), key=lambda entry: entry[1]["data_offsets"][1])[0]
+    cut(path, path.stat().st_size - 1)
+    message = load_error(single)
+    assert str(path) in message and last in message
+
+
+@pytest.mark.parametrize("size", [0, 4, 100])
+def test_file_cut_within_its_header(single, size):
+    cut(single / "model.safetensors", size)
+    assert str(single / "model.safetensors") in load_error(single)
+
+
+def test_corrupt_header(single):
+    path = single / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(b"#" * 40)
+    assert str(path) in load_error(single)
+
+
+def test_truncated_shard(sharded):
+    path = shard_of(sharded, EXPERT)
+    cut(path, 20)
+    message = load_error(sharded)
+    assert str(path) in message and "model.layers." in message
+
+
+def test_missing_shard(sharded):
+    path = shard_of(sharded, EXPERT)
+    path.unlink()
+    message = load_error(sharded)
+    assert str(path) in message and "should hold tensor" in message
+
+
+def test_shard_without_the_tensor_that_the_index_puts_there(sharded):
+    path = shard_of(sharded, EXPERT)
+    tensors = load_file(path)
+    tensors.pop(EXPERT)
+    save_file(tensors, path)
+    message = load_error(sharded)
+    assert str(path) in message and EXPERT in message
+
+
+def test_index_that_names_a_file_elsewhere(sharded):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][EXPERT] = "../other.safetensors"
+    path.write_text(json.dumps(index))
+    assert EXPERT in load_error(sharded)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_broken_index(sharded, content):
+    (sharded / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in load_error(sharded)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickles_are_never_loaded(single, name):
+    (single / "model.safetensors").rename(single / name)
+    message = load_error(single)
+    assert name in message and "never loaded" in message
+
+
+def test_directory_without_weights(single):
+    (single / "model.safetensors").unlink()
+    assert "no weights" in load_error(single)
+
+
+def test_slices_equal_slices_of_the_whole(saved):
+    from pikv_megatron.checkpoint.name_table import name_table
+
+    architecture = Architecture.from_huggingface(saved / "sharded")
+    whole = load_file(saved / "single" / "model.safetensors")
+    reader = TensorReader(saved / "sharded")
+    for slot in name_table(architecture).values():
+        for source in slot.sources:
+            assert torch.equal(reader.read(source), whole[source.name])
+            part = reader.read(source, 0, 3, 7)
+            assert torch.equal(part, whole[source.name][3:7])
+
+
+def header(path: Path) -> dict:
+    """The header of a safetensors file, without its metadata."""
+    with path.open("rb") as file:
+        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    entries.pop("__metadata__", None)
+    return entries

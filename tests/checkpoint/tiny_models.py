@@ -1,0 +1,92 @@
+"""Small random models of transformers, saved as users find them, with the logits to meet."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+VOCAB_SIZE = 97  # odd, so that tensor parallelism has to pad it
+SIZES = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts_per_tok=2,
+    max_position_embeddings=256,
+    initializer_range=0.1,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+YARN = dict(
+    rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64,
+    beta_fast=16.0, beta_slow=1.0,
+)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+
+
+def mixtral(**changes: Any) -> PreTrainedModel:
+    return _model(
+        MixtralForCausalLM, MixtralConfig, changes, num_local_experts=8, intermediate_size=24
+    )
+
+
+def qwen3_moe(**changes: Any) -> PreTrainedModel:
+    return _model(
+        Qwen3MoeForCausalLM, Qwen3MoeConfig, changes, num_experts=8, moe_intermediate_size=24,
+        intermediate_size=40, head_dim=16,
+    )
+
+
+def olmoe(**changes: Any) -> PreTrainedModel:
+    return _model(OlmoeForCausalLM, OlmoeConfig, changes, num_experts=8, intermediate_size=24)
+
+
+def save_all(root: Path) -> dict[str, torch.Tensor]:
+    """Save one model of each kind under `root`; returns each one's logits for `prompts()`."""
+    saved = {
+        "mixtral": (mixtral(), {}),
+        "mixtral_sharded_llama3": (mixtral(rope_parameters=LLAMA3), dict(max_shard_size="20KB")),
+        "mixtral_fused_tied": (mixtral(tie_word_embeddings=True), dict(save_original_format=False)),
+        "qwen3_dense_among": (qwen3_moe(mlp_only_layers=[1], norm_topk_prob=True), {}),
+        "qwen3_fused_yarn": (qwen3_moe(rope_parameters=YARN), dict(save_original_format=False)),
+        "olmoe": (olmoe(), dict(max_shard_size="50KB")),
+        "olmoe_clipped": (olmoe(clip_qkv=0.5, norm_topk_prob=True), {}),
+    }
+    for name, (model, options) in saved.items():
+        model.save_pretrained(root / name, **options)
+    return {name: logits(model) for name, (model, _) in saved.items()}
+
+
+def prompts() -> torch.Tensor:
+    """Two prompts of 70 tokens, longer than yarn's original length. `[b, sq]`"""
+    return torch.randint(0, VOCAB_SIZE, (2, 70), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """transformers' logits for `prompts()`, every token. `[b, sq, vocab]`"""
+    return model(prompts()).logits
+
+
+def _model(model_class: type, config_class: type, changes: dict, **sizes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = model_class(config_class(**SIZES | sizes | changes)).eval()
+    with torch.no_grad():  # norms start as ones, which would hide a norm put in the wrong place
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
