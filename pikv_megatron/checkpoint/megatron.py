@@ -1,4 +1,4 @@
-"""Megatron-Core's own `torch_dist` checkpoints, written at one expert-parallel size, read at any."""
+"""Megatron-Core's `torch_dist` checkpoints: written at one expert-parallel size, read at any."""
 
 from collections.abc import Iterator
 from pathlib import Path

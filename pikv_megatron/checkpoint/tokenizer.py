@@ -79,5 +79,5 @@ class Tokenizer:
             ValueError: no config names an end-of-text token.
         """
         if not self.eos_ids:
-            raise ValueError("eos_token_id is set in neither generation_config.json nor config.json")
+            raise ValueError("eos_token_id is missing in generation_config.json and config.json")
         return self.eos_ids[0]

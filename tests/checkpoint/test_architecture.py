@@ -137,7 +137,9 @@ COMMON = dict(
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
 )
 ARCHITECTURES = st.one_of(
-    st.builds(Architecture, family=st.just("mixtral"), kv_channels=st.none() | st.just(16), **COMMON),
+    st.builds(
+        Architecture, family=st.just("mixtral"), kv_channels=st.none() | st.just(16), **COMMON
+    ),
     st.builds(
         Architecture, family=st.just("qwen3_moe"), qk_layernorm=st.just("head"),
         dense_layers=st.just((1, 3)), ffn_hidden_size=st.just(40),
