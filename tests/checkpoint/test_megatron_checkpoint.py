@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from megatron_ranks import error_of, forward, layout
 from ranks import run_ranks
@@ -32,8 +31,7 @@ def report(tmp_path_factory):
 @pytest.mark.parametrize("written", LAYOUTS)
 @pytest.mark.parametrize("read", LAYOUTS)
 def test_any_layout_reads_any_other(report, model, written, read):
-    found, expected = report["logits"][model, written, read], report["logits"][model]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert report["difference"][model, written, read] < 1e-5
 
 
 def test_errors_name_the_file_and_the_tensor(report):
@@ -51,21 +49,22 @@ def test_errors_name_the_file_and_the_tensor(report):
 
 
 def _write_and_read(root: Path) -> dict:
-    result = {"logits": {}, "errors": {}}
+    result, expected = {"difference": {}, "errors": {}}, {}
     for name in MODELS:
         architecture = Architecture.from_huggingface(root / name)
         for written, sizes in LAYOUTS.items():
             with layout(*sizes) as groups:
                 model = load_huggingface(root / name, groups)
                 save_megatron(model, root / f"{name}_{written}")
-                result["logits"][name] = forward(model, prompts())[..., :VOCAB_SIZE]
+                expected.setdefault(name, forward(model, prompts()))
         for read, sizes in LAYOUTS.items():
             with layout(*sizes) as groups:
                 for written in LAYOUTS:
                     model = build_model(architecture, groups)
                     load_megatron(model, root / f"{name}_{written}")
                     found = forward(model, prompts())[..., :VOCAB_SIZE]
-                    result["logits"][name, written, read] = found
+                    difference = (found - expected[name]).abs().max().item()
+                    result["difference"][name, written, read] = difference
     with layout() as groups:
         result["errors"] = _errors(root, groups)
     destroy_process_groups()
