@@ -19,6 +19,8 @@ def save_huggingface(
 ) -> None:
     """Write `config.json` and `model.safetensors`, which transformers and `load_huggingface` read.
 
+    Call it on one rank.
+
     Args:
         model: a whole model: expert and tensor parallel size 1.
         architecture: what the model was built from; its family decides the names.

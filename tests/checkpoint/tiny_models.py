@@ -32,6 +32,7 @@ YARN = dict(
     rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64,
     beta_fast=16.0, beta_slow=1.0,
 )
+LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=8192,
@@ -63,7 +64,7 @@ def save_all(root: Path) -> dict[str, torch.Tensor]:
         "mixtral_fused_tied": (mixtral(tie_word_embeddings=True), dict(save_original_format=False)),
         "qwen3_dense_among": (qwen3_moe(mlp_only_layers=[1], norm_topk_prob=True), {}),
         "qwen3_fused_yarn": (qwen3_moe(rope_parameters=YARN), dict(save_original_format=False)),
-        "olmoe": (olmoe(), dict(max_shard_size="50KB")),
+        "olmoe_sharded_linear": (olmoe(rope_parameters=LINEAR), dict(max_shard_size="50KB")),
         "olmoe_clipped": (olmoe(clip_qkv=0.5, norm_topk_prob=True), {}),
     }
     for name, (model, options) in saved.items():
