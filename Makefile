@@ -1,35 +1,59 @@
-# make test: the environment, then all tests.
+# make venv   the environment in .venv: pinned packages, a CPU build of torch where there is no GPU
+# make test   the environment, then all tests
+# make demo   the environment, then text from the demo model, its cache sharded over two ranks
+# make clean  removes what the others made
 
-PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
-TORCH_VERSION := 2.13.0
+# The first that really runs: version managers leave launchers for versions that are not there.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-HAS_GPU := $(shell command -v nvidia-smi)
-VENV := .venv
-STAMP := $(VENV)/installed
+NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
-export DS_BUILD_OPS := 0
-ifeq ($(HAS_GPU),)
-export DS_ACCELERATOR := cpu
+VENV := $(CURDIR)/.venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+STAMP := $(VENV)/installed
+REQUIREMENTS := requirements/locked.txt
+ifeq ($(NUM_GPUS),0)
+REQUIREMENTS += requirements/cpu.txt
 endif
 
-.PHONY: venv test clean
+RANKS := 2
+PROMPT ?= def read_lines(path):
+ON_CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+
+# DeepSpeed's operators are built when they are first used, not while it is installed.
+export DS_BUILD_OPS := 0
+export PATH := $(VENV)/bin:$(PATH)
+
+.PHONY: venv test demo clean
 venv: $(STAMP)
 
-# A plain `pip install torch` takes a CUDA build of several GB: ask for the CPU build by name first.
-$(STAMP): requirements/locked.txt pyproject.toml
+$(STAMP): requirements/locked.txt requirements/cpu.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=..."; exit 1; }
+	@echo "Making $(VENV) with $(PYTHON); GPUs found: $(NUM_GPUS)"
 	$(PYTHON) -m venv $(VENV)
-ifeq ($(HAS_GPU),)
-	$(VENV)/bin/pip install "torch==$(TORCH_VERSION)+cpu" || \
-	$(VENV)/bin/pip install "torch==$(TORCH_VERSION)" --index-url $(CPU_INDEX)
+# A plain "torch" brings several GB of CUDA libraries, so a machine without a GPU asks for the CPU
+# build: by name, for indexes that hold it, then from PyTorch's own index.
+ifeq ($(NUM_GPUS),0)
+	$(PIP) install "$(TORCH)+cpu" \
+	|| { echo "No $(TORCH)+cpu there; trying $(CPU_INDEX)"; \
+	     $(PIP) install "$(TORCH)" --index-url $(CPU_INDEX); } \
+	|| { echo "Not reachable; trying plain $(TORCH)"; $(PIP) install "$(TORCH)"; }
 else
-	$(VENV)/bin/pip install "torch==$(TORCH_VERSION)"
+	$(PIP) install "$(TORCH)"
 endif
-	$(VENV)/bin/pip install -r requirements/locked.txt
-	$(VENV)/bin/pip install --no-deps --no-build-isolation -e .
-	touch $(STAMP)
+	$(PIP) install $(addprefix -r ,$(REQUIREMENTS))
+	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
 
 test: venv
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest
+	$(if $(filter 0,$(NUM_GPUS)),DS_ACCELERATOR=cpu) $(VENV)/bin/python -m pytest
+
+demo: venv
+	$(if $(filter 0 1,$(NUM_GPUS)),$(ON_CPU)) $(VENV)/bin/deepspeed --num_accelerators $(RANKS) \
+		launch/generate.py --model models/demo --pikv configs/pikv/lossless.yaml \
+		--prompt "$(PROMPT)" --max-new-tokens 128
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
