@@ -1,0 +1,41 @@
+"""Which shard stores a token, and which rank owns a shard (paper, section 3.1)."""
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+
+class Placement(BaseModel):
+    """s(t, e) = (floor(t / b) mod N_tok) XOR (e mod N_exp); shard s belongs to rank s mod G.
+
+    Example:
+        N_tok = 4, N_exp = 2, b = 64, G = 2: token 130 of expert 5 has the token hash
+        (130 // 64) % 4 = 2 and the expert hash 5 % 2 = 1, so shard 2 ^ 1 = 3, owned by rank 1.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    token_shards: int
+    expert_shards: int
+    hash_block: int
+    num_ranks: int
+    rank: int
+
+    @property
+    def num_shards(self) -> int:
+        return max(self.token_shards, self.expert_shards)
+
+    @property
+    def shards_per_rank(self) -> int:
+        return self.num_shards // self.num_ranks
+
+    def shard(self, position: torch.Tensor, expert: torch.Tensor | None) -> torch.Tensor:
+        """The shard of each token: position [t], expert [t] or None for a layer without experts."""
+        token_hash = (position // self.hash_block) % self.token_shards
+        return token_hash if expert is None else token_hash ^ (expert % self.expert_shards)
+
+    def owner(self, shard: torch.Tensor) -> torch.Tensor:
+        return shard % self.num_ranks
+
+    def local_shard(self, shard: torch.Tensor) -> torch.Tensor:
+        """The owner's own number of each shard."""
+        return shard // self.num_ranks

@@ -1,0 +1,228 @@
+"""What one forward pass does with the cache: computed once on the host, used by every layer.
+
+Legend: n sequences of this home rank in the step, sq new tokens (padded), W places of a window.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Sequence
+
+import torch
+
+
+@dataclass
+class CachedSequence:
+    """One live sequence. Every rank of the expert-parallel group keeps all of them.
+
+    Attributes:
+        slot: its slot in the group, home rank * slots a rank + slot on the home rank.
+        length: tokens in the cache.
+        flushed: tokens [num_sinks, flushed) lie in shards.
+    """
+
+    slot: int
+    flushed: int
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class WindowLayout:
+    """Places of a stream window: sinks first, then a ring of `window` + `flush_interval`."""
+
+    num_sinks: int
+    window: int
+    flush_interval: int
+
+    @property
+    def ring(self) -> int:
+        return self.window + self.flush_interval
+
+    @property
+    def size(self) -> int:
+        return self.num_sinks + self.ring
+
+    def place(self, position: torch.Tensor) -> torch.Tensor:
+        ring = self.num_sinks + (position - self.num_sinks) % self.ring
+        return torch.where(position < self.num_sinks, position, ring)
+
+
+@dataclass
+class StepRow:
+    """A sequence's part in a step: `count` new tokens after `past` cached ones."""
+
+    sequence: CachedSequence
+    count: int
+    past: int = field(init=False)
+
+    def __post_init__(self):
+        self.past = self.sequence.length
+
+
+@dataclass
+class FlushPlan:
+    """Which tokens leave the windows of this home rank, and how many leave each rank's.
+
+    Attributes:
+        window_places: [a], flat places (slots x W) of tokens that lie in the window.
+        chunk_source: [c], flat places (n x sq) of tokens of this step.
+        slot: [a + c], sequence slot in the group, window tokens first.
+        position: [a + c].
+        count_by_rank: tokens that leave each rank.
+    """
+
+    window_places: torch.Tensor
+    chunk_source: torch.Tensor
+    slot: torch.Tensor
+    position: torch.Tensor
+    count_by_rank: list[int]
+
+
+class StepPlan:
+    """Built on every rank from the same global list of rows.
+
+    Args:
+        rows_by_rank: the rows of each home rank, in the order of the batch.
+        rank: this rank.
+        slots_per_rank: window slots of a rank.
+        layout: the windows' layout.
+        device: where the tensors are needed.
+
+    Attributes:
+        seq_len: sq, the largest count of any row on any rank.
+        slots: [n], int64, slots in the group.
+        window_slots: [n, 1], int64, slots on this rank.
+        slots_by_rank: slots in the group of each rank's rows.
+        positions: [sq, n], int64.
+        window_mask: [n, W], bool, tokens of the window that were cached before attention.
+        is_prefill: no row of this rank has cached tokens, so the chunk is all there is.
+        reads_shards: some row of some rank has tokens in shards.
+        write_places: [w], flat places of the new tokens that stay in the window.
+        write_source: [w], where they come from in the flat chunk (n x sq).
+        flush: what leaves the windows, None where nothing leaves any rank.
+    """
+
+    def __init__(
+        self, rows_by_rank: Sequence[Sequence[StepRow]], rank: int, slots_per_rank: int,
+        layout: WindowLayout, device: torch.device,
+    ):
+        self.rows = list(rows_by_rank[rank])
+        self.device = device
+        self.layout = layout
+        self._slots_per_rank = slots_per_rank
+        self._first_slot = rank * slots_per_rank
+        every = [row for rows in rows_by_rank for row in rows]
+        self.num_rows = len(self.rows)
+        self.max_rows = max((len(rows) for rows in rows_by_rank), default=0)
+        self.seq_len = max((row.count for row in every), default=0)
+        self.slots_by_rank = [[row.sequence.slot for row in rows] for rows in rows_by_rank]
+        self.slots = self._tensor(self.slots_by_rank[rank])
+        self.window_slots = (self.slots - self._first_slot).unsqueeze(1)
+        past = self._tensor([row.past for row in self.rows])
+        self.positions = torch.arange(self.seq_len, device=device).unsqueeze(1) + past
+        self.is_prefill = self.seq_len > 1 and all(row.past == 0 for row in self.rows)
+        self.is_decode = self.seq_len == 1
+        self.reads_shards = any(row.sequence.flushed > layout.num_sinks for row in every)
+        self._plan_flush(rows_by_rank)
+        self._plan_window(past)
+
+    @cached_property
+    def all_slots(self) -> torch.Tensor:
+        """Slots of every rank's rows, one rank behind the other."""
+        return self._tensor([slot for slots in self.slots_by_rank for slot in slots])
+
+    @cached_property
+    def padded_slots(self) -> torch.Tensor:
+        """[ranks * max_rows]: the same, each rank padded with the slot behind the last."""
+        none = self._slots_per_rank * len(self.slots_by_rank)
+        padded = [slots + [none] * (self.max_rows - len(slots)) for slots in self.slots_by_rank]
+        return self._tensor([slot for slots in padded for slot in slots])
+
+    def finish(self, rows_by_rank: Sequence[Sequence[StepRow]]) -> None:
+        """Move every sequence on, after the last layer."""
+        for row in (row for rows in rows_by_rank for row in rows):
+            row.sequence.length = row.past + row.count
+            row.sequence.flushed = self._flushed_after(row)
+
+    def _flushed_after(self, row: StepRow) -> int:
+        if not self._flushes:
+            return row.sequence.flushed
+        return max(row.sequence.flushed, row.past + row.count - self.layout.window)
+
+    def _plan_flush(self, rows_by_rank) -> None:
+        layout = self.layout
+        every = [row for rows in rows_by_rank for row in rows]
+        self._flushes = self.seq_len > 1 or any(
+            row.past + row.count - row.sequence.flushed >= layout.ring for row in every
+        )
+        counts = [
+            sum(self._flushed_after(row) - row.sequence.flushed for row in rows)
+            for rows in rows_by_rank
+        ]
+        self.flush = self._flush_plan(counts) if any(counts) else None
+
+    def _flush_plan(self, counts: list[int]) -> FlushPlan:
+        window, chunk = _Tokens(), _Tokens()
+        for index, row in enumerate(self.rows):
+            # In a decode step the new token is written to the window before anything leaves it.
+            split = row.past + row.count if self.is_decode else row.past
+            first, last = row.sequence.flushed, self._flushed_after(row)
+            window.add(index, row.sequence.slot, first, min(last, split))
+            chunk.add(index, row.sequence.slot, max(first, split), last, row.past)
+        places = self._places(window.slot.tensor(), window.position.tensor())
+        return FlushPlan(
+            window_places=places.to(self.device),
+            chunk_source=(chunk.row.tensor() * self.seq_len + chunk.offset.tensor()).to(self.device),
+            slot=torch.cat([window.slot.tensor(), chunk.slot.tensor()]).to(self.device),
+            position=torch.cat([window.position.tensor(), chunk.position.tensor()]).to(self.device),
+            count_by_rank=counts,
+        )
+
+    def _plan_window(self, past: torch.Tensor) -> None:
+        stays = _Tokens()
+        for index, row in enumerate(self.rows):
+            end = row.past + row.count
+            slot, sinks = row.sequence.slot, self.layout.num_sinks
+            stays.add(index, slot, row.past, min(end, sinks), row.past)
+            first = row.past if self.is_decode else max(row.past, self._flushed_after(row))
+            stays.add(index, slot, max(first, sinks), end, row.past)
+        places = self._places(stays.slot.tensor(), stays.position.tensor())
+        self.write_places = places.to(self.device)
+        self.write_source = (stays.row.tensor() * self.seq_len + stays.offset.tensor()).to(
+            self.device
+        )
+        flushed = self._tensor([row.sequence.flushed for row in self.rows])
+        readable = past + self._tensor([row.count for row in self.rows]) if self.is_decode else past
+        self.window_mask = self._live(flushed, readable)
+
+    def _live(self, flushed: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """[n, W]: places that hold tokens of [0, num_sinks) or [flushed, length)."""
+        sinks, ring = self.layout.num_sinks, self.layout.ring
+        sink_live = torch.arange(sinks, device=self.device) < length.unsqueeze(1)
+        step = (torch.arange(ring, device=self.device) + sinks - flushed.unsqueeze(1)) % ring
+        return torch.cat([sink_live, step < (length - flushed).unsqueeze(1)], dim=1)
+
+    def _places(self, slot: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return (slot - self._first_slot) * self.layout.size + self.layout.place(position)
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+class _Tokens:
+    """Collects runs of positions row by row."""
+
+    def __init__(self):
+        self.row, self.slot, self.position, self.offset = (_Column() for _ in range(4))
+
+    def add(self, row: int, slot: int, first: int, last: int, past: int = 0) -> None:
+        if last > first:
+            run = torch.arange(first, last)
+            self.row.append(torch.full_like(run, row))
+            self.slot.append(torch.full_like(run, slot))
+            self.position.append(run)
+            self.offset.append(run - past)
+
+
+class _Column(list):
+    def tensor(self) -> torch.Tensor:
+        return torch.cat(self) if self else torch.empty(0, dtype=torch.int64)
