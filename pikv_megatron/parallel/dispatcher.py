@@ -1,0 +1,98 @@
+"""How queries and tokens travel between the ranks of the expert-parallel group.
+
+Legend: n sequences of this home rank, sq query tokens, np query heads, hn head width.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pikv_megatron.cache.shard_store import ShardStore
+from pikv_megatron.cache.step_plan import StepPlan
+from pikv_megatron.cache.tokens import TokenBlock
+from pikv_megatron.cache.placement import Placement
+from pikv_megatron.types import AttentionState
+
+QUERY_OP, COMBINE_OP, FLUSH_OP = "pikv_query", "pikv_combine", "pikv_flush"
+
+
+@dataclass
+class PendingQuery:
+    """Queries under way to the owners.
+
+    Attributes:
+        query: what this rank is to attend to for others, [rows, sq, np, hn], once it arrived.
+        slots: [rows], sequence slots of those rows.
+        visited: [rows], bit masks of the shards they visit, or None for all.
+        work: the collective to wait for, or None.
+        route: what the dispatcher needs to send the results home.
+    """
+
+    query: torch.Tensor
+    slots: torch.Tensor
+    visited: torch.Tensor | None
+    work: Any = None
+    route: Any = None
+
+
+class KVDispatcher(ABC):
+    """Brings queries to the owners of shards, their results home, and tokens to their shards."""
+
+    def __init__(self, placement: Placement):
+        self.placement = placement
+
+    @abstractmethod
+    def dispatch(
+        self, query: torch.Tensor, plan: StepPlan, visited: torch.Tensor | None
+    ) -> PendingQuery:
+        """Start sending query [n, sq, np, hn] to the owners of the shards it visits.
+
+        Args:
+            visited: [n, num_shards], bool, or None where every query visits every shard.
+        """
+
+    @abstractmethod
+    def combine(
+        self, pending: PendingQuery, store: ShardStore, plan: StepPlan, softmax_scale: float
+    ) -> AttentionState:
+        """Attend for others, send the results home, and merge what came back for this rank."""
+
+    @abstractmethod
+    def send(self, block: TokenBlock, plan: StepPlan, copies: int) -> TokenBlock:
+        """Exchange the tokens that leave the windows; returns those for this rank's shards.
+
+        Args:
+            copies: rows of the block for each token of `plan.flush`.
+        """
+
+
+class LocalDispatcher(KVDispatcher):
+    """One rank owns everything: the oracle of the others."""
+
+    def dispatch(self, query, plan, visited):
+        return PendingQuery(query, plan.slots, shard_bits(visited))
+
+    def combine(self, pending, store, plan, softmax_scale):
+        return store.attend(pending.query, pending.slots, pending.visited, softmax_scale)
+
+    def send(self, block, plan, copies):
+        return block
+
+
+def shard_bits(visited: torch.Tensor | None) -> torch.Tensor | None:
+    """[n, num_shards] bool -> [n] int64, bit s set for shard s."""
+    if visited is None:
+        return None
+    bit = 1 << torch.arange(visited.shape[1], device=visited.device)
+    return (visited * bit).sum(dim=1)
+
+
+def pack_states(state: AttentionState) -> torch.Tensor:
+    """[..., hn] and [...] -> [..., hn + 1], float32, so that one collective carries both."""
+    return torch.cat([state.out.float(), state.lse.unsqueeze(-1)], dim=-1)
+
+
+def unpack_states(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return packed[..., :-1], packed[..., -1]
