@@ -1,0 +1,24 @@
+"""PiKV for Megatron-Core: an expert-sharded KV cache for Mixture-of-Experts inference."""
+
+from pikv_megatron.config import PiKVConfig
+from pikv_megatron.inference.generation import GenerationOutput, PiKVForCausalLM
+from pikv_megatron.inference.sampling import SamplingParams
+from pikv_megatron.parallel.process_groups import (
+    destroy_process_groups,
+    init_process_groups,
+    process_groups,
+)
+from pikv_megatron.transformer.context import PiKVInferenceContext
+from pikv_megatron.transformer.layer_specs import pikv_layer_spec
+
+__all__ = [
+    "GenerationOutput",
+    "PiKVConfig",
+    "PiKVForCausalLM",
+    "PiKVInferenceContext",
+    "SamplingParams",
+    "destroy_process_groups",
+    "init_process_groups",
+    "pikv_layer_spec",
+    "process_groups",
+]

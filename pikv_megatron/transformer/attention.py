@@ -1,0 +1,126 @@
+"""Megatron self-attention that reads and writes a PiKV cache.
+
+Legend: sq new tokens, b rows of the batch (n of them real), np query heads, ng KV heads, hn head
+width, h hidden size.
+"""
+
+import math
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import (
+    _apply_rotary_pos_emb_bshd,
+    apply_rotary_pos_emb,
+)
+from megatron.core.transformer.attention import SelfAttention
+
+from pikv_megatron.config import PiKVConfig
+from pikv_megatron.transformer.context import PiKVInferenceContext
+
+try:
+    from megatron.core.transformer.attention import _yarn_get_concentration_factor_from_config
+except ImportError:  # moved between releases
+    from megatron.core.models.common.embeddings import (
+        _yarn_get_concentration_factor_from_config,
+    )
+
+
+class PiKVSelfAttention(SelfAttention):
+    """`SelfAttention` with the same parameters, whose cache is a `PiKVInferenceContext`.
+
+    In training, without a context, or with any other context it is the stock layer.
+
+    Args:
+        pikv_config: the cache's configuration; checked against the layer's at construction.
+
+    Raises:
+        ValueError: the layer needs something that the cache does not support.
+    """
+
+    def __init__(self, config, *args, pikv_config: PiKVConfig, **kwargs):
+        _refuse_unsupported(config, pikv_config)
+        super().__init__(config, *args, **kwargs)
+        self.pikv_config = pikv_config
+
+    def forward(
+        self, hidden_states, attention_mask, key_value_states=None, inference_context=None,
+        rotary_pos_emb=None, *args, inference_params=None, **kwargs,
+    ):
+        context = inference_context if inference_context is not None else inference_params
+        if self.training or not isinstance(context, PiKVInferenceContext):
+            return super().forward(
+                hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb,
+                *args, inference_params=inference_params, **kwargs,
+            )
+        if kwargs.get("packed_seq_params") is not None:
+            raise ValueError("packed_seq_params: packed sequences are not supported under PiKV")
+        return self._forward_cached(hidden_states, attention_mask, context, rotary_pos_emb)
+
+    def _forward_cached(self, hidden_states, attention_mask, context, rotary_pos_emb):
+        plan = context.step(self.layer_number, hidden_states)
+        query, key, value = self.get_query_key_value_tensors(hidden_states)[:3]
+        query, key = self._rotate(query, key, rotary_pos_emb, plan)
+        cache = self._cache(context, key)
+        real = slice(0, plan.num_rows)
+        if plan.is_prefill and not plan.reads_shards:
+            cache.hold(key[:, real], value[:, real], plan)
+            output = self.core_attention(
+                query, key, value, attention_mask, attn_mask_type=self.attn_mask_type
+            )
+            return self.linear_proj(output)
+        output = torch.zeros_like(query)
+        output[:, real] = cache.attend(query[:, real], key[:, real], value[:, real], plan)
+        return self.linear_proj(output.flatten(2))
+
+    def _cache(self, context: PiKVInferenceContext, key: torch.Tensor):
+        scale = self.config.softmax_scale
+        if scale is None:
+            scale = 1.0 / math.sqrt(self.hidden_size_per_attention_head)
+        return context.layer(
+            self.layer_number, key.shape[2], key.shape[3], scale, key.dtype, key.device
+        )
+
+    def _rotate(self, query, key, rotary_pos_emb, plan):
+        """RoPE at each row's own positions; keys are stored rotated."""
+        no_rope = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
+        if rotary_pos_emb is None or no_rope:
+            return query, key
+        if not isinstance(rotary_pos_emb, tuple):
+            rotary_pos_emb = (rotary_pos_emb, rotary_pos_emb)
+        return tuple(
+            t if table is None else self._rotate_one(t, table, plan)
+            for t, table in zip((query, key), rotary_pos_emb)
+        )
+
+    def _rotate_one(self, tensor, table, plan):
+        mscale = _yarn_get_concentration_factor_from_config(self.config)
+        if plan.is_prefill:
+            return apply_rotary_pos_emb(
+                tensor, table[: plan.seq_len], config=self.config, mscale=mscale,
+                cp_group=self.pg_collection.cp,
+            )
+        positions = plan.positions.clamp(max=table.shape[0] - 1)  # of padding
+        freqs = torch.zeros(*tensor.shape[:2], *table.shape[2:], device=table.device)
+        freqs[:, : plan.num_rows] = table[positions, 0]
+        return _apply_rotary_pos_emb_bshd(
+            tensor, freqs, rotary_interleaved=self.config.rotary_interleaved, mscale=mscale
+        )
+
+
+def _refuse_unsupported(config, pikv_config: PiKVConfig) -> None:
+    unsupported = {
+        "multi_latent_attention": "latent attention (MLA)",
+        "window_size": "sliding window attention",
+        "flash_decode": "Megatron's flash decoding",
+        "fused_single_qkv_rope": "fused QKV rotation",
+        "attention_output_gate": "gated attention output",
+        "softmax_type": "softmax with an offset",
+    }
+    for field, meaning in unsupported.items():
+        value = getattr(config, field, None)
+        if value and value != "vanilla":
+            raise ValueError(f"{field}={value}: {meaning} is not supported under PiKV yet")
+    if config.context_parallel_size > 1:
+        raise ValueError("context_parallel_size: the PiKV cache shards KV itself; set it to 1")
+    topk, replicas = config.moe_router_topk, pikv_config.replicas
+    if config.num_moe_experts and replicas > topk:
+        raise ValueError(f"replicas {replicas} must not exceed moe_router_topk {topk}")

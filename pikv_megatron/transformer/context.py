@@ -1,0 +1,218 @@
+"""Megatron's static inference context, with the KV of its sequences sharded over the EP group."""
+
+from typing import Sequence
+
+import deepspeed.comm as dist
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+
+from pikv_megatron.parallel.layer_cache import LayerCache
+from pikv_megatron.cache.shard_store import ShardStore
+from pikv_megatron.cache.step_plan import CachedSequence, StepPlan, StepRow, WindowLayout
+from pikv_megatron.cache.stream_window import StreamWindow
+from pikv_megatron.config import PiKVConfig
+from pikv_megatron.parallel.allgather import AllGatherDispatcher
+from pikv_megatron.parallel.alltoall import AllToAllDispatcher
+from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
+from pikv_megatron.cache.placement import Placement
+from pikv_megatron.router.all_shards import AllShardsRouter
+
+STEP_OP = "pikv_step"
+
+
+class PiKVInferenceContext(StaticInferenceContext):
+    """Holds every layer's cache and plans every step.
+
+    Two drivers are served. `PiKVForCausalLM` starts sequences and plans ragged steps itself.
+    Megatron's `StaticInferenceEngine` (`legacy=True`) knows nothing of either: the context then
+    reads the batch off the first layer's input, and takes `sequence_len_offset` for its length.
+
+    Args:
+        max_batch_size: sequences that this home rank holds at once.
+        max_sequence_length: tokens a sequence can have.
+        config: the cache's configuration.
+        ep_group: the expert-parallel group; None for a single rank.
+
+    Raises:
+        ValueError: the group's size does not divide the number of shards.
+    """
+
+    def __init__(
+        self, max_batch_size: int, max_sequence_length: int, config: PiKVConfig, ep_group=None
+    ):
+        super().__init__(max_batch_size, max_sequence_length)
+        self.config = config
+        self.ep_group = ep_group
+        self.num_ranks = 1 if ep_group is None else ep_group.size()
+        self.rank = 0 if ep_group is None else ep_group.rank()
+        num_shards = config.num_shards(self.num_ranks)
+        self.placement = Placement(
+            token_shards=config.token_shards or max(1, num_shards // config.expert_shards),
+            expert_shards=config.expert_shards,
+            hash_block=config.hash_block or config.page_size,
+            num_ranks=self.num_ranks,
+            rank=self.rank,
+        )
+        self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
+        self.layers: dict[int, LayerCache] = {}
+        self.plan: StepPlan | None = None
+        self._rows: list[list[StepRow]] = []
+        self._sequences: dict[int, CachedSequence] = {}
+        self._driven = False
+        self._reserved_pages = 0
+
+    @property
+    def keeps_experts(self) -> int:
+        """Experts that are remembered for each token of a window; 0 without expert shards."""
+        return self.config.replicas if self.config.expert_shards > 1 else 0
+
+    def start(self, home_rank: int) -> CachedSequence:
+        """Begin a sequence on a home rank. Called on every rank, in the same order.
+
+        Raises:
+            ValueError: every slot of the rank is taken.
+        """
+        first = home_rank * self.max_batch_size
+        for slot in range(first, first + self.max_batch_size):
+            if slot not in self._sequences:
+                self._sequences[slot] = CachedSequence(slot, flushed=self.config.num_sinks)
+                return self._sequences[slot]
+        raise ValueError(
+            f"max_batch_size {self.max_batch_size}: no slot is free on home rank {home_rank}"
+        )
+
+    def release(self, sequence: CachedSequence) -> None:
+        """End a sequence and give its pages and its slot back. Called on every rank."""
+        del self._sequences[sequence.slot]
+        for layer in self.layers.values():
+            layer.store.release(sequence.slot)
+
+    def reset(self) -> None:
+        """Megatron's reset: a new batch begins."""
+        super().reset()
+        for sequence in list(self._sequences.values()):
+            self.release(sequence)
+        self.plan = None
+        self._driven = False
+
+    def reserve(self, lengths: Sequence[tuple[CachedSequence, int]]) -> None:
+        """Allocate the pages that sequences will need once they have these many tokens.
+
+        Placement by expert can need more on one rank than on another; its pool then grows.
+        """
+        self._reserved_pages = sum(
+            self._num_pages(length) - self._num_pages(sequence.length)
+            for sequence, length in lengths
+        )
+        for layer in self.layers.values():
+            layer.store.reserve(self._reserved_pages)
+
+    def begin_step(self, rows_by_rank: Sequence[Sequence[StepRow]], device: torch.device) -> None:
+        """Plan a step whose rows every rank knows.
+
+        Raises:
+            ValueError: a sequence would outgrow `max_sequence_length`.
+        """
+        for row in (row for rows in rows_by_rank for row in rows):
+            if row.past + row.count > self.max_sequence_length:
+                raise ValueError(
+                    f"max_sequence_length {self.max_sequence_length} is less than the "
+                    f"{row.past} cached and {row.count} new tokens of a sequence"
+                )
+        self._rows = [list(rows) for rows in rows_by_rank]
+        self._driven = True
+        self.plan = StepPlan(
+            self._rows, self.rank, self.max_batch_size, self.layout, device
+        )
+
+    def finish_step(self) -> None:
+        """Move the sequences on, after the last layer."""
+        self.plan.finish(self._rows)
+        self.plan = None
+        self._driven = False
+
+    def step(self, layer_number: int, hidden_states: torch.Tensor) -> StepPlan:
+        """The plan of the running step; under Megatron's engine made at the first layer."""
+        if not self._driven and (self.plan is None or layer_number == self._first_layer):
+            self._plan_for_engine(layer_number, hidden_states)
+        return self.plan
+
+    def layer(
+        self, layer_number: int, num_groups: int, head_dim: int, softmax_scale: float,
+        dtype: torch.dtype, device: torch.device,
+    ) -> LayerCache:
+        """The cache of a layer, allocated when it is first asked for."""
+        if layer_number not in self.layers:
+            self.layers[layer_number] = self._new_layer(
+                num_groups, head_dim, softmax_scale, dtype, device
+            )
+        return self.layers[layer_number]
+
+    def allocated_bytes(self) -> int:
+        """Bytes of every tensor of this rank's cache, metadata included."""
+        tensors = (t for layer in self.layers.values() for t in layer.tensors())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def check_integrity(self) -> None:
+        """No page is lost or held twice, and only live sequences hold any."""
+        for layer in self.layers.values():
+            layer.store.check_integrity()
+            held = layer.store.num_tokens[:-1].view(layer.store.num_slots, -1).sum(1)
+            idle = [s for s in range(layer.store.num_slots) if s not in self._sequences]
+            assert not held[idle].any(), "a finished sequence still holds tokens"
+
+    def _num_pages(self, length: int) -> int:
+        """Pages on one rank for a sequence of `length` tokens that is spread evenly."""
+        in_shards = max(0, length - self.config.num_sinks - self.config.window)
+        per_page = self.config.page_size * self.placement.num_shards
+        copies = max(1, self.keeps_experts)
+        return -(-in_shards * copies // per_page) * self.placement.shards_per_rank
+
+    def _new_layer(self, num_groups, head_dim, softmax_scale, dtype, device) -> LayerCache:
+        config, copies = self.config, max(1, self.keeps_experts)
+        window = StreamWindow(
+            num_groups, self.max_batch_size, self.layout.size, head_dim, self.keeps_experts,
+            dtype, device,
+        )
+        store = ShardStore(
+            self.placement, self.max_batch_size * self.num_ranks,
+            copies * self.max_sequence_length // config.page_size, config.page_size,
+            num_groups, head_dim, copies > 1, dtype, device,
+        )
+        store.reserve(self._reserved_pages)
+        return LayerCache(
+            window, store, self._new_dispatcher(), self.placement, AllShardsRouter(), softmax_scale
+        )
+
+    def _new_dispatcher(self) -> KVDispatcher:
+        if self.num_ranks == 1:
+            return LocalDispatcher(self.placement)
+        kind = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}
+        return kind[self.config.dispatcher](self.placement, self.ep_group)
+
+    def _plan_for_engine(self, layer_number: int, hidden_states: torch.Tensor) -> None:
+        """Every row has `sequence_len_offset` cached tokens; ranks tell each other their rows."""
+        if self.plan is not None:
+            self.plan.finish(self._rows)
+        self._first_layer = layer_number
+        seq_len, batch = hidden_states.shape[:2]
+        mine = [self.batch_size_offset, batch, seq_len, self.sequence_len_offset]
+        every = torch.tensor(mine, device=hidden_states.device)
+        if self.num_ranks > 1:
+            gathered = every.new_empty(self.num_ranks * len(mine))
+            dist.all_gather_into_tensor(gathered, every, group=self.ep_group, log_name=STEP_OP)
+            every = gathered
+        layout = every.view(self.num_ranks, -1).tolist()
+        self._rows = [self._engine_rows(rank, *rows) for rank, rows in enumerate(layout)]
+        self.plan = StepPlan(
+            self._rows, self.rank, self.max_batch_size, self.layout, hidden_states.device
+        )
+
+    def _engine_rows(self, rank: int, first: int, batch: int, count: int, past: int) -> list:
+        slots = [rank * self.max_batch_size + first + row for row in range(batch)]
+        if past == 0:
+            for slot in slots:
+                if slot in self._sequences:
+                    self.release(self._sequences[slot])
+                self._sequences[slot] = CachedSequence(slot, flushed=self.config.num_sinks)
+        return [StepRow(self._sequences[slot], count) for slot in slots]

@@ -1,0 +1,50 @@
+"""The swap: a Megatron layer spec in, the same spec with PiKV attention out."""
+
+import copy
+
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from pikv_megatron.config import PiKVConfig
+from pikv_megatron.transformer.attention import PiKVSelfAttention
+from pikv_megatron.transformer.cpu_fallback import apply_cpu_fallback
+from pikv_megatron.transformer.transformer_layer import pikv_layer_class
+
+
+def pikv_layer_spec(
+    spec: ModuleSpec | TransformerBlockSubmodules, pikv_config: PiKVConfig
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Put PiKV attention into a GPT layer spec or block spec; the given spec is left alone.
+
+    Parameters, state-dict keys and sharded keys stay those of the stock layer, so every
+    checkpoint loads unchanged.
+
+    Raises:
+        ValueError: a layer has latent (MLA), cross or otherwise unknown attention.
+    """
+    apply_cpu_fallback()
+    spec = copy.deepcopy(spec)
+    if isinstance(spec, TransformerBlockSubmodules):
+        spec.layer_specs = [_swap(layer, pikv_config) for layer in spec.layer_specs]
+        return spec
+    return _swap(spec, pikv_config)
+
+
+def _swap(layer: ModuleSpec, pikv_config: PiKVConfig) -> ModuleSpec:
+    submodules = getattr(layer, "submodules", None)
+    attention = getattr(submodules, "self_attention", None)
+    if not isinstance(attention, ModuleSpec) or not isinstance(attention.module, type):
+        raise ValueError(f"spec: expected a transformer layer or block spec, got {layer}")
+    if not issubclass(attention.module, SelfAttention):
+        raise ValueError(
+            f"self_attention: {attention.module.__name__} is not supported under PiKV yet; "
+            "SelfAttention is"
+        )
+    if getattr(submodules, "cross_attention", IdentityOp) is not IdentityOp:
+        raise ValueError("cross_attention is not supported under PiKV")
+    attention.module = PiKVSelfAttention
+    attention.params = {**(attention.params or {}), "pikv_config": pikv_config}
+    layer.module = pikv_layer_class(layer.module)
+    return layer

@@ -1,0 +1,42 @@
+"""The transformer layer under PiKV: tells the cache which experts the MoE router chose."""
+
+import torch
+
+from pikv_megatron.transformer.context import PiKVInferenceContext
+
+
+class PiKVLayerMixin:
+    """Settles the layer's cache after the MLP, when the experts of the step's tokens are known."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._router_probs = None
+        router = getattr(self.mlp, "router", None)
+        if router is not None:
+            router.register_forward_hook(self._keep_router_probs)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output = super().forward(hidden_states, *args, **kwargs)
+        context = kwargs.get("inference_context")
+        if isinstance(context, PiKVInferenceContext) and not self.training:
+            self._settle(context, hidden_states)
+        self._router_probs = None
+        return output
+
+    def _settle(self, context: PiKVInferenceContext, hidden_states: torch.Tensor) -> None:
+        plan = context.plan
+        experts = None
+        if context.keeps_experts and self._router_probs is not None:
+            # The router sees [sq, b, h] flattened; rows behind the real ones are padding.
+            best = self._router_probs.topk(context.keeps_experts, dim=-1).indices
+            best = best.view(*hidden_states.shape[:2], -1)[:, : plan.num_rows]
+            experts = best.transpose(0, 1).to(torch.int16)
+        context.layers[self.layer_number].settle(plan, experts)
+
+    def _keep_router_probs(self, router, args, output) -> None:
+        self._router_probs = output[0]
+
+
+def pikv_layer_class(base: type) -> type:
+    """`base` with `PiKVLayerMixin`; parameters and state-dict keys stay the same."""
+    return type(f"PiKV{base.__name__}", (PiKVLayerMixin, base), {"__module__": __name__})
