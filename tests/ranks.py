@@ -21,7 +21,7 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, timeout: float = 120.0)
     """
     context = mp.get_context("spawn")
     results = context.Queue()
-    port = _free_port()
+    port = free_port()
     ranks = [
         context.Process(target=_rank_main, args=(fn, args, rank, world_size, port, results))
         for rank in range(world_size)
@@ -82,7 +82,7 @@ def _rank_main(fn, args, rank, world_size, port, results) -> None:
         raise
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
