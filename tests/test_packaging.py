@@ -23,7 +23,7 @@ LOADERS = {"pikv": PiKVConfig.from_file, "model": Architecture.from_yaml}
 LAYERS = [
     {"config"},
     {"types", "registry"},
-    {"ops", "parallel/placement.py"},  # the shard hash: arithmetic, no communication
+    {"ops"},
     {"router", "scheduler", "compression"},
     {"cache"},
     {"parallel"},

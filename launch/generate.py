@@ -1,0 +1,131 @@
+"""Generate text: deepspeed --num_accelerators 2 launch/generate.py --model DIR --prompt TEXT"""
+
+import io
+import json
+import os
+import sys
+import time
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+
+# What is not installed, and what will be renamed, would hide the text on every rank.
+warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
+
+import deepspeed
+import torch
+from rich.console import Console
+
+from pikv_megatron import (
+    PiKVForCausalLM,
+    destroy_process_groups,
+    init_process_groups,
+    pikv_layer_spec,
+)
+from pikv_megatron.checkpoint.huggingface import load_huggingface
+from pikv_megatron.inference.generation import GenerationOutput, StepOutput
+from pikv_megatron.inference.options import GenerateOptions, parse_options
+from pikv_megatron.inference.progress import progress
+from pikv_megatron.inference.report import RankUsage, RunClock, gather_usage, report_table
+from pikv_megatron.inference.stopping import StopCriteria
+from pikv_megatron.inference.transcript import Transcript
+
+DEEPSPEED_CONFIG = Path(__file__).resolve().parents[1] / "configs/deepspeed/inference.json"
+IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
+BAD_INPUT = 2
+# The launcher ends all ranks with the first that exits, so those that say nothing go last.
+REFUSAL_SECONDS = 20
+
+
+def main() -> int:
+    """Run on every rank; the first one prints."""
+    try:
+        options = parse_options(sys.argv[1:], DEEPSPEED_CONFIG)
+        use_device()
+        with redirect_stdout(sys.stderr):  # DeepSpeed prints what it builds
+            engine = load_engine(options)
+    except ValueError as error:
+        return refuse(error)
+    generate(engine, options)
+    return 0
+
+
+def refuse(error: ValueError) -> int:
+    """Say on one line what was wrong with the input, once on every machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(REFUSAL_SECONDS)
+    return BAD_INPUT
+
+
+def use_device() -> None:
+    """This rank's GPU, or its share of the cores."""
+    deepspeed.utils.logger.setLevel("WARNING")  # its chatter would mix with the text
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+def load_engine(options: GenerateOptions) -> deepspeed.InferenceEngine:
+    """The checkpoint under the swapped layer spec, in DeepSpeed's inference engine."""
+    groups = init_process_groups(
+        options.expert_parallel_size, options.tensor_parallel_size, options.timeout
+    )
+    with progress(f"loading {options.model}", IS_FIRST_RANK) as advance:
+        model = load_huggingface(
+            options.model, groups, dtype=options.dtype,
+            spec_transform=lambda spec: pikv_layer_spec(spec, options.pikv),
+            progress=lambda done, total, name: advance(done, total),
+        )
+    causal_lm = PiKVForCausalLM(model, options.pikv, options.architecture.vocab_size)
+    return deepspeed.init_inference(causal_lm, config=options.deepspeed)
+
+
+def generate(engine: deepspeed.InferenceEngine, options: GenerateOptions) -> None:
+    """Continue the prompts, print the texts and the table."""
+    stop_args = (options.tokenizer.eos_ids, options.stop_strings, options.tokenizer)
+    is_streamed = len(options.prompts) == 1 and sys.stdout.isatty()
+    out = sys.stdout if IS_FIRST_RANK else io.StringIO()
+    transcript = Transcript(options.prompts, StopCriteria(*stop_args), out, is_streamed)
+    clock = RunClock(len(options.prompts))
+    with progress("decoding", IS_FIRST_RANK and not is_streamed) as advance:
+
+        def on_step(step: StepOutput) -> None:
+            clock.step(step.tokens)
+            transcript.add(step.tokens)
+            advance(clock.num_decode_steps + 1, options.max_new_tokens)
+
+        output = engine.generate(
+            options.prompt_ids, max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling, stop=StopCriteria(*stop_args), callback=on_step,
+        )
+    clock.meter.stop()
+    texts = transcript.finish()
+    report = engine.module.cache_report()
+    usages = gather_usage(
+        RankUsage(report.allocated_bytes, report.dense_bytes, clock.meter.bytes_by_op())
+    )
+    if IS_FIRST_RANK:
+        write_output(options, output, texts)
+        num_tokens = sum(map(len, options.prompt_ids)), sum(map(len, output.token_ids))
+        Console().print(report_table(clock, *num_tokens, usages))
+
+
+def write_output(options: GenerateOptions, output: GenerationOutput, texts: list[str]) -> None:
+    """One JSON object a line, where a file was asked for."""
+    if options.output is None:
+        return
+    keys = ("prompt", "text", "token_ids", "logprobs")
+    rows = zip(options.prompts, texts, output.token_ids, output.logprobs)
+    lines = [json.dumps(dict(zip(keys, row)), ensure_ascii=False) + "\n" for row in rows]
+    options.output.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    finally:
+        destroy_process_groups()

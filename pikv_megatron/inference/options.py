@@ -1,0 +1,231 @@
+"""The command line of `launch/generate.py`, checked before anything is loaded."""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from pydantic import ValidationError
+
+from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
+from pikv_megatron.checkpoint.tokenizer import Tokenizer
+from pikv_megatron.config import PiKVConfig
+from pikv_megatron.inference.sampling import SamplingParams
+
+SAMPLING_FIELDS = tuple(SamplingParams.model_fields)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What to generate, and on which ranks; every field was checked.
+
+    Attributes:
+        model: a Hugging Face directory.
+        architecture: what its `config.json` describes.
+        tokenizer: of that directory.
+        pikv: the cache.
+        deepspeed: `init_inference`'s configuration, with the type of the weights.
+        prompts: texts, in order.
+        prompt_ids: their tokens.
+        max_new_tokens: most tokens to generate for each.
+        sampling: how tokens are chosen.
+        stop_strings: texts that end a sequence.
+        dtype: type of weights and cache.
+        output: file for the results, one JSON object a line.
+        expert_parallel_size: ranks that share the experts and the cache.
+        tensor_parallel_size: ranks that share the attention heads.
+        timeout: seconds after which a rank that waits for another gives up.
+    """
+
+    model: Path
+    architecture: Architecture
+    tokenizer: Tokenizer
+    pikv: PiKVConfig
+    deepspeed: dict[str, Any]
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    max_new_tokens: int
+    sampling: SamplingParams
+    stop_strings: list[str]
+    dtype: torch.dtype
+    output: Path | None
+    expert_parallel_size: int
+    tensor_parallel_size: int
+    timeout: float
+
+
+def parse_options(argv: Sequence[str], deepspeed_config: Path) -> GenerateOptions:
+    """Read the command line and the small files that it names.
+
+    Args:
+        argv: without the program's name.
+        deepspeed_config: the default of `--deepspeed-config`.
+
+    Raises:
+        ValueError: with one line that says what is wrong.
+    """
+    args = _parser(deepspeed_config).parse_args(argv)
+    architecture, tokenizer = _read_model(args.model)
+    pikv = PiKVConfig.from_file(args.pikv) if args.pikv else PiKVConfig()
+    expert_parallel_size = _expert_parallel_size(args, architecture)
+    pikv.num_shards(expert_parallel_size)
+    prompts = _read_prompts(args)
+    options = GenerateOptions(
+        model=args.model,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        pikv=pikv,
+        deepspeed={**_read_deepspeed_config(args.deepspeed_config), "dtype": DTYPES[args.dtype]},
+        prompts=prompts,
+        prompt_ids=[tokenizer.encode(prompt) for prompt in prompts],
+        max_new_tokens=args.max_new_tokens,
+        sampling=_sampling(args),
+        stop_strings=args.stop,
+        dtype=DTYPES[args.dtype],
+        output=_writable(args.output),
+        expert_parallel_size=expert_parallel_size,
+        tensor_parallel_size=args.tensor_parallel_size,
+        timeout=args.timeout,
+    )
+    _check_lengths(options)
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+    def print_help(self, file=None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)
+
+
+def _parser(deepspeed_config: Path) -> argparse.ArgumentParser:
+    parser = _Parser(
+        description="Generate text; run it with: deepspeed --num_accelerators N launch/generate.py",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    add("--model", type=Path, required=True, help="Hugging Face directory: Mixtral, Qwen3-MoE, OLMoE")
+    add("--pikv", type=Path, help="YAML file of the cache; default: lossless")
+    add("--prompt", action="append", default=[], help="text to continue; may be repeated")
+    add("--prompt-file", type=Path, help="more texts, one a line (UTF-8)")
+    add("--max-new-tokens", type=_positive(int), default=64, help="for each text; default: 64")
+    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    add("--top-k", type=int, default=0, help="draw among the k likeliest; default: 0, all")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest p; default: 1, all")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less; default: 1")
+    add("--seed", type=int, default=0, help="of the draws; default: 0")
+    add("--stop", action="append", default=[], help="text that ends a sequence; may be repeated")
+    add("--dtype", choices=list(DTYPES), default=_default_dtype(), help="default: %(default)s")
+    add("--output", type=Path, help="results, one JSON object a line")
+    add("--expert-parallel-size", type=_positive(int), help="default: all ranks left by the next")
+    add("--tensor-parallel-size", type=_positive(int), default=1, help="default: 1")
+    add("--timeout", type=_positive(float), default=300.0, help="seconds to wait for a rank; "
+        "default: 300")
+    add("--deepspeed-config", type=Path, default=deepspeed_config, help="of init_inference")
+    return parser
+
+
+def _positive(kind: type):
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in its own message
+    return parse
+
+
+def _default_dtype() -> str:
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def _read_model(directory: Path) -> tuple[Architecture, Tokenizer]:
+    if not directory.is_dir():
+        raise ValueError(f"--model {directory}: there is no such directory")
+    architecture = Architecture.from_huggingface(directory)
+    tokenizer = Tokenizer.from_directory(directory)
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(f"--model {directory}: there is no *.safetensors file in it")
+    return architecture, tokenizer
+
+
+def _expert_parallel_size(args: argparse.Namespace, architecture: Architecture) -> int:
+    world_size, tensor = int(os.environ.get("WORLD_SIZE", "1")), args.tensor_parallel_size
+    size = args.expert_parallel_size or max(1, world_size // tensor)
+    if world_size % (size * tensor):
+        raise ValueError(
+            f"--expert-parallel-size {size} times --tensor-parallel-size {tensor} must divide the "
+            f"{world_size} ranks that were launched"
+        )
+    if architecture.num_experts % size:
+        raise ValueError(
+            f"--expert-parallel-size {size} must divide the model's {architecture.num_experts} experts"
+        )
+    if architecture.num_query_groups % tensor:
+        raise ValueError(
+            f"--tensor-parallel-size {tensor} must divide the model's "
+            f"{architecture.num_query_groups} key-value heads"
+        )
+    return size
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    named = [(f"--prompt {i + 1}", text) for i, text in enumerate(args.prompt)]
+    if args.prompt_file:
+        try:
+            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompt-file {args.prompt_file}: {error}") from error
+        named += [(f"--prompt-file {args.prompt_file}, line {i + 1}", t) for i, t in enumerate(lines)]
+    if not named:
+        raise ValueError("there is nothing to continue: give --prompt or --prompt-file")
+    for name, text in named:
+        if not text.strip():
+            raise ValueError(f"{name} is empty")
+    return [text for _, text in named]
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    if "" in args.stop:
+        raise ValueError("--stop is empty")
+    try:
+        return SamplingParams(**{field: getattr(args, field) for field in SAMPLING_FIELDS})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + first["loc"][0].replace("_", "-")
+        raise ValueError(f"{option} {first['input']}: {first['msg']}") from error
+
+
+def _read_deepspeed_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--deepspeed-config {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed-config {path}: expected a JSON object")
+    return config
+
+
+def _writable(path: Path | None) -> Path | None:
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"--output {path}: cannot write a file there")
+    return path
+
+
+def _check_lengths(options: GenerateOptions) -> None:
+    capacity = options.pikv.max_sequence_length or options.architecture.max_sequence_length
+    for i, ids in enumerate(options.prompt_ids):
+        if not ids:
+            raise ValueError(f"prompt {i + 1} has no tokens")
+        if len(ids) + options.max_new_tokens - 1 > capacity:  # the last one is never fed
+            raise ValueError(
+                f"prompt {i + 1} has {len(ids)} tokens: with --max-new-tokens "
+                f"{options.max_new_tokens} it exceeds max_sequence_length, {capacity}"
+            )
