@@ -18,11 +18,15 @@ ifeq ($(NUM_GPUS),0)
 REQUIREMENTS += requirements/cpu.txt
 endif
 
+HAS_HEADERS := import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")
+
 RANKS := 2
-PROMPT ?= def read_lines(path):
+# The demo model continues a text that every machine has, longer than the stream window.
+SOURCE := import inspect, textwrap; print(inspect.getsource(textwrap)[:1500])
 ON_CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 
-# DeepSpeed's operators are built when they are first used, not while it is installed.
+# DeepSpeed's operators are built when they are first used, not while it is installed. On a CPU one
+# is always used, so a compiler must be there.
 export DS_BUILD_OPS := 0
 export PATH := $(VENV)/bin:$(PATH)
 
@@ -31,6 +35,10 @@ venv: $(STAMP)
 
 $(STAMP): requirements/locked.txt requirements/cpu.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=..."; exit 1; }
+ifeq ($(NUM_GPUS),0)
+	@command -v $${CXX:-c++} >/dev/null && $(PYTHON) -c '$(HAS_HEADERS)' 2>/dev/null \
+	|| { echo "A C++ compiler and Python.h are needed (Debian: apt install g++ python3-dev)"; exit 1; }
+endif
 	@echo "Making $(VENV) with $(PYTHON); GPUs found: $(NUM_GPUS)"
 	$(PYTHON) -m venv $(VENV)
 # A plain "torch" brings several GB of CUDA libraries, so a machine without a GPU asks for the CPU
@@ -52,8 +60,9 @@ test: venv
 
 demo: venv
 	$(if $(filter 0 1,$(NUM_GPUS)),$(ON_CPU)) $(VENV)/bin/deepspeed --num_accelerators $(RANKS) \
-		launch/generate.py --model models/demo --pikv configs/pikv/lossless.yaml \
-		--prompt "$(PROMPT)" --max-new-tokens 128
+		--log_level warning launch/generate.py --model models/demo \
+		--pikv configs/pikv/lossless.yaml --prompt "$$($(VENV)/bin/python -c '$(SOURCE)')" \
+		--max-new-tokens 256
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
