@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
+sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
 
 
 @pytest.fixture(scope="module")
