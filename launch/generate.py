@@ -33,14 +33,17 @@ from pikv_megatron.inference.transcript import Transcript
 DEEPSPEED_CONFIG = Path(__file__).resolve().parents[1] / "configs/deepspeed/inference.json"
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
 BAD_INPUT = 2
-# The launcher ends all ranks with the first that exits, so those that say nothing go last.
-REFUSAL_SECONDS = 20
+# The launcher ends all ranks with the first that exits. So the others leave it to the first one of
+# their machine to speak, and do so themselves only where it met no error.
+PATIENCE_SECONDS = 20
 
 
 def main() -> int:
-    """Run on every rank; the first one prints."""
+    """Run on every rank; the first one prints what comes out."""
     try:
         options = parse_options(sys.argv[1:], DEEPSPEED_CONFIG)
+        if "RANK" not in os.environ:
+            raise ValueError("start it with: deepspeed --num_accelerators N launch/generate.py ...")
         use_device()
         with redirect_stdout(sys.stderr):  # DeepSpeed prints what it builds
             engine = load_engine(options)
@@ -51,11 +54,10 @@ def main() -> int:
 
 
 def refuse(error: ValueError) -> int:
-    """Say on one line what was wrong with the input, once on every machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-    else:
-        time.sleep(REFUSAL_SECONDS)
+    """Say on one line what was wrong with the input."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE_SECONDS)
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
     return BAD_INPUT
 
 

@@ -1,5 +1,6 @@
 """launch/generate.py under the real deepspeed launcher, on two ranks."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -89,3 +90,26 @@ def test_wrong_input_ends_with_one_line_and_code_2(model):
     lines = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "--top-p 3" in lines[0]
     assert "Traceback" not in run.stderr + run.stdout
+
+
+def test_without_the_launcher_it_says_how_to_start(model):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK")}
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "launch/generate.py"), "--model", str(model), "--prompt", "a"],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )
+    assert run.returncode == 2
+    assert "error: start it with: deepspeed" in run.stderr
+
+
+def test_an_error_of_another_rank_alone_is_not_lost(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("generate_program", ROOT / "launch/generate.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    slept = []
+    monkeypatch.setattr(program.time, "sleep", slept.append)
+    for local_rank, patience in (("0", []), ("1", [program.PATIENCE_SECONDS])):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        slept.clear()
+        assert program.refuse(ValueError("shard 3\n is cut")) == 2
+        assert capsys.readouterr().err == "error: shard 3 is cut\n" and slept == patience
