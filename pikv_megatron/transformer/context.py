@@ -10,12 +10,13 @@ from pikv_megatron.parallel.layer_cache import LayerCache
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_plan import CachedSequence, StepPlan, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
+from pikv_megatron.compression.registry import CODECS
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.parallel.allgather import AllGatherDispatcher
 from pikv_megatron.parallel.alltoall import AllToAllDispatcher
 from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
 from pikv_megatron.cache.placement import Placement
-from pikv_megatron.router.all_shards import AllShardsRouter
+from pikv_megatron.router.registry import ROUTERS
 
 STEP_OP = "pikv_step"
 
@@ -157,9 +158,9 @@ class PiKVInferenceContext(StaticInferenceContext):
         """No page is lost or held twice, and only live sequences hold any."""
         for layer in self.layers.values():
             layer.store.check_integrity()
-            held = layer.store.num_tokens[:-1].view(layer.store.num_slots, -1).sum(1)
-            idle = [s for s in range(layer.store.num_slots) if s not in self._sequences]
-            assert not held[idle].any(), "a finished sequence still holds tokens"
+            idle = set(range(layer.store.num_slots)) - set(self._sequences)
+            held = [slot for slot in idle if layer.store.holds(slot)]
+            assert not held, f"finished sequences still hold tokens: slots {held}"
 
     def _num_pages(self, length: int) -> int:
         """Pages on one rank for a sequence of `length` tokens that is spread evenly."""
@@ -177,11 +178,12 @@ class PiKVInferenceContext(StaticInferenceContext):
         store = ShardStore(
             self.placement, self.max_batch_size * self.num_ranks,
             copies * self.max_sequence_length // config.page_size, config.page_size,
-            num_groups, head_dim, copies > 1, dtype, device,
+            num_groups, head_dim, copies > 1, CODECS[config.codec](), dtype, device,
         )
         store.reserve(self._reserved_pages)
         return LayerCache(
-            window, store, self._new_dispatcher(), self.placement, AllShardsRouter(), softmax_scale
+            window, store, self._new_dispatcher(), self.placement, ROUTERS[config.router](),
+            softmax_scale,
         )
 
     def _new_dispatcher(self) -> KVDispatcher:

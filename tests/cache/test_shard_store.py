@@ -11,6 +11,7 @@ from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_plan import StepRow
 from pikv_megatron.cache.tokens import TokenBlock
+from pikv_megatron.compression.none import NoCodec
 from pikv_megatron.ops.decode_attention import dense_attention
 
 PLACEMENT = Placement(token_shards=4, expert_shards=1, hash_block=3, num_ranks=2, rank=1)
@@ -25,7 +26,7 @@ def block(slot: torch.Tensor, position: torch.Tensor, placement: Placement) -> T
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 7), st.lists(st.integers(0, 40), min_size=1, max_size=8))
 def test_only_this_ranks_tokens_are_stored_each_once(page_size, counts):
-    store = ShardStore(PLACEMENT, 2, 400 // page_size, page_size, 2, 8, False,
+    store = ShardStore(PLACEMENT, 2, 400 // page_size, page_size, 2, 8, False, NoCodec(),
                        torch.float32, torch.device("cpu"))
     length = 0
     for count in counts:
@@ -40,7 +41,7 @@ def test_only_this_ranks_tokens_are_stored_each_once(page_size, counts):
 
 
 def test_attention_counts_every_stored_token_once():
-    store = ShardStore(PLACEMENT, 1, 50, 4, 2, 8, False, torch.float32, torch.device("cpu"))
+    store = ShardStore(PLACEMENT, 1, 50, 4, 2, 8, False, NoCodec(), torch.float32, torch.device("cpu"))
     position = torch.arange(50)
     tokens = block(torch.zeros_like(position), position, PLACEMENT)
     store.insert(tokens)
@@ -68,7 +69,7 @@ def test_replicas_count_once_in_whichever_shards_are_visited(replicas, visited, 
     for order in range(1, replicas):
         seen[:, order] = seen[:, order - 1] | (1 << shard[:, order - 1])
     slot = torch.zeros_like(shard).masked_fill((seen >> shard) & 1 == 1, -1)
-    store = ShardStore(placement, 1, 200, 3, 2, 8, True, torch.float32, torch.device("cpu"))
+    store = ShardStore(placement, 1, 200, 3, 2, 8, True, NoCodec(), torch.float32, torch.device("cpu"))
     keys = torch.randn(2, num_tokens * replicas, 8)
     position = torch.arange(num_tokens)[:, None].expand_as(shard)
     store.insert(TokenBlock(keys, keys, slot.flatten(), shard.flatten(), position.flatten(),
