@@ -5,11 +5,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A red run must be red again: automatic runs draw the same cases each time.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restored_environment():
+    """Megatron-Core writes its choice of attention into the environment, which ranks inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,10 +43,11 @@ def drawn_case(seed: int, n: int, vocab: int, decimals: int | None = None):
 
 
 def plain_sample(logits: list, params: SamplingParams, uniform: float, seen: list) -> int:
-    """One row, by the definition."""
-    penalty = params.repetition_penalty
+    """One row, by the definition; scores in float32, where rounding makes its own ties."""
+    penalty = np.float32(params.repetition_penalty)
     scores = [
-        (x * penalty if x < 0 else x / penalty) if count else x for x, count in zip(logits, seen)
+        float((x * penalty if x < 0 else x / penalty) if count else x)
+        for x, count in zip(np.float32(logits), seen)
     ]
     order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
     order = order[: params.top_k or len(order)]
