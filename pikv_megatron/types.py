@@ -1,6 +1,8 @@
 """Values that travel between the rooms.
 
-Legend: n sequences, sq query tokens, np query heads, ng KV heads, hn head width.
+Legend: n sequences, sq query tokens, np query heads, ng KV heads, hn head width, p pages of a pool,
+m pages listed for a sequence, S tokens a page, r_k and r_v stored widths of keys and values (hn,
+unless a linear codec is absorbed into the query and the output).
 """
 
 from typing import NamedTuple
@@ -12,9 +14,132 @@ class AttentionState(NamedTuple):
     """Softmax attention over a part of the keys, ready to be merged with other parts.
 
     Attributes:
-        out: [n, sq, np, hn], the part's own normalised output; 0 where it has no key.
+        out: [n, sq, np, r_v], the part's own normalised output; 0 where it has no key.
         lse: [n, sq, np], float32, natural log of the sum of exponentials; -inf without keys.
     """
 
     out: Tensor
     lse: Tensor
+
+
+class KVPages(NamedTuple):
+    """Pages of S tokens as they are stored.
+
+    Plain pages are float32, bfloat16 or float16 numbers. Scaled pages are float8_e4m3fn, or uint8
+    that hold 8, 4 or 2 bits a number: x = q * scale + zero, without zero for float8. Keys have a
+    scale for each channel and group of S / G_k tokens, values one for each token and group of
+    r_v / G_v channels.
+
+    A byte holds 8 / bits tokens of one channel. Byte row i of a page has the tokens i, i + R,
+    i + 2 R, ... from its lowest bits up, R = S * bits / 8 rows, so that a kernel unpacks a tile of
+    bytes into tiles of tokens.
+
+    Example:
+        S = 4 tokens of 2 bits, one channel: R = 1; tokens 3, 0, 2, 1 are one byte,
+        3 + 0 * 4 + 2 * 16 + 1 * 64 = 99.
+
+    Attributes:
+        keys: [ng, p, R, r_k].
+        values: [ng, p, R, r_v].
+        key_scale: [ng, p, G_k, r_k], float16; None for plain pages.
+        key_zero: like `key_scale`; None for plain and float8 pages.
+        value_scale: [ng, p, S, G_v], float16; None for plain pages.
+        value_zero: like `value_scale`; None for plain and float8 pages.
+        log_multiplicity: [p], float32, natural log of the number of tokens that each token of a
+            page stands for, added to its logits; None: every token stands for itself.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None = None
+    key_zero: Tensor | None = None
+    value_scale: Tensor | None = None
+    value_zero: Tensor | None = None
+    log_multiplicity: Tensor | None = None
+
+    @property
+    def page_size(self) -> int:
+        """S."""
+        return self.keys.shape[2] if self.value_scale is None else self.value_scale.shape[2]
+
+    @property
+    def tokens_per_row(self) -> int:
+        """8 / bits: tokens in a stored row."""
+        return self.page_size // self.keys.shape[2]
+
+
+class PageList(NamedTuple):
+    """Which pages of a pool each sequence reads, and how much of them.
+
+    Attributes:
+        pages: the pool.
+        table: [n, m], int64, page numbers; any page where `lens` is 0.
+        lens: [n, m], int32, tokens of the page that are read, its first ones.
+        token_mask: [n, m, S], bool, False hides a token of those; None hides none.
+        logit_bias: [n, sq, np], float32, added to every logit of these pages (affine codecs).
+    """
+
+    pages: KVPages
+    table: Tensor
+    lens: Tensor
+    token_mask: Tensor | None = None
+    logit_bias: Tensor | None = None
+
+
+class MeanKeySketch(NamedTuple):
+    """The mean key of every page.
+
+    Attributes:
+        mean: [ng, p, hn].
+    """
+
+    mean: Tensor
+
+
+class BoundingBoxSketch(NamedTuple):
+    """The smallest and the largest key of every page, channel by channel (Quest).
+
+    Attributes:
+        low: [ng, p, hn].
+        high: [ng, p, hn].
+    """
+
+    low: Tensor
+    high: Tensor
+
+
+class LowRankSketch(NamedTuple):
+    """Every token's key in r leading directions, packed to 2 or 4 bits as keys of `KVPages` are.
+
+    Attributes:
+        codes: [ng, p, R, r], uint8.
+        scale: [ng, p, r], float16.
+        zero: [ng, p, r], float16.
+        residual: [ng, p], float32, largest norm of what the directions leave of a token's key.
+        page_size: S.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    residual: Tensor
+    page_size: int
+
+
+PageSketch = MeanKeySketch | BoundingBoxSketch | LowRankSketch
+
+
+class PageScores(NamedTuple):
+    """How much each listed page matters to a query.
+
+    Attributes:
+        logit: [n, np, m], float32, estimate of (or upper bound on) the page's logit by head, -inf
+            where nothing is listed.
+        score: [n, m], float32, mean over heads of the softmax of `logit` over the pages.
+        chosen: [n, k], int64, the columns of the k best in rising order, the lower column first
+            among equals; -1 behind them where fewer are listed.
+    """
+
+    logit: Tensor
+    score: Tensor
+    chosen: Tensor
