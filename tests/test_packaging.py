@@ -24,7 +24,7 @@ LAYERS = [
     {"config"},
     {"types", "registry"},
     {"ops"},
-    {"router", "scheduler", "compression"},
+    {"router", "selector", "scheduler", "compression", "sketch"},
     {"cache"},
     {"parallel"},
     {"transformer"},

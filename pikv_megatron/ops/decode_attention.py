@@ -1,111 +1,183 @@
-"""Attention of a few queries over paged keys and values, in plain torch.
+"""Attention of a few queries over the pages of several pools.
 
-Legend: n sequences, sq query tokens, np query heads, ng KV heads, g = np / ng, hn head width,
-m pages a sequence, S tokens a page.
+The torch version is the decode path of a CPU. It takes the logits of all listed tokens first, then
+one softmax, then the values: on a CPU the logits of a decode step are small, and nothing has to be
+merged or rescaled. Pages pass through a reused block of about the size of a second-level cache.
+
+Legend: n sequences, sq query tokens, np query heads, ng KV heads, g = np / ng, m pages listed for a
+sequence, S tokens a page, r_k and r_v stored widths, T tokens of all lists.
 """
+
+from collections.abc import Sequence
 
 import torch
 
-from pikv_megatron.ops.merge_states import merge_states
-from pikv_megatron.types import AttentionState
+from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.dense_attention import (  # noqa: F401
+    dense_attention,
+    empty_state,
+    group_heads,
+    ungroup_heads,
+)
+from pikv_megatron.ops.page_blocks import PageBlock, page_blocks, read_keys, read_values
+from pikv_megatron.ops.workspace import scratch
+from pikv_megatron.types import AttentionState, PageList
 
-# Pages are copied through a block of about the size of a CPU's second-level cache.
-GATHER_BYTES = 4 << 20
+# Of the float32 numbers of a block of pages, keys or values.
+BLOCK_BYTES = 2 << 20
+# Sequences, then queries, are taken in turns where the logits would need more.
+LOGIT_BYTES = 32 << 20
+# Shorter products are not worth their call.
+MIN_BLOCK_TOKENS = 256
 
 
+@torch.no_grad()
 def decode_attention(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    page_table: torch.Tensor,
-    token_mask: torch.Tensor,
+    lists: Sequence[PageList],
     softmax_scale: float,
-) -> AttentionState:
-    """Attend to the pages of each sequence.
-
-    Pages that lie one behind the other are read in place; others are gathered, a block of
-    columns at a time.
+    with_mass: bool = False,
+) -> tuple[AttentionState, list[torch.Tensor] | None]:
+    """Softmax attention over all tokens that the lists name; every query sees all of them.
 
     Args:
-        query: [n, sq, np, hn].
-        keys: [ng, num_pages, S, hn], the pool.
-        values: [ng, num_pages, S, hn].
-        page_table: [n, m], int64, page numbers; padding points to any page.
-        token_mask: [n, m * S], bool, True where the token is to be read.
-        softmax_scale: factor on the logits.
+        query: [n, sq, np, r_k]; head h reads KV head h // g.
+        lists: one or more, each with its own pool; r_k and r_v are common to all. What they do not
+            name may hold anything, NaN too.
+        softmax_scale: factor on q . k, before biases and log multiplicities.
+        with_mass: whether to return the masses.
+
+    Returns:
+        The attention, `out` in the query's type; and for each list the masses [n, sq, np, m],
+        float32: the share of this softmax that each page has, 0 for pages that are not read.
+
+    Example:
+        Two lists name one token each, with equal logits: either page has the mass 0.5, and `out` is
+        the mean of the two values.
     """
-    n, m = page_table.shape
-    if n * m == 0:
-        return _empty_state(query)
-    page_size = keys.shape[2]
-    flat = page_table.reshape(-1)
-    if flat.is_cpu and _is_run(flat):
-        part = slice(int(flat[0]), int(flat[0]) + flat.numel())
-        return dense_attention(
-            query, _rows(keys[:, part], n), _rows(values[:, part], n), token_mask, softmax_scale
-        )
-    page_bytes = keys.shape[0] * page_size * keys.shape[3] * keys.element_size()
-    columns = max(1, GATHER_BYTES // (n * page_bytes)) if flat.is_cpu else m
-    states = []
-    for first in range(0, m, columns):
-        last = min(m, first + columns)
-        pages = page_table[:, first:last].reshape(-1)
-        mask = token_mask[:, first * page_size : last * page_size]
-        k, v = (_rows(pool.index_select(1, pages), n) for pool in (keys, values))
-        states.append(dense_attention(query, k, v, mask, softmax_scale))
-    if len(states) == 1:
-        return states[0]
-    return merge_states(torch.stack([s.out for s in states]), torch.stack([s.lse for s in states]))
+    kernel = triton_op("decode_attention", query)
+    if kernel is not None:
+        state, masses = kernel(query, lists, softmax_scale, with_mass)
+        return AttentionState(*state), masses
+    state = empty_state(query, lists[0].pages.values.shape[3])
+    masses = [
+        state.lse.new_zeros(*state.lse.shape, each.table.shape[1]) for each in lists
+    ] if with_mass else None
+    lists = [_trim(each) for each in lists]
+    num_tokens = sum(each.table.shape[1] * each.pages.page_size for each in lists)
+    if state.lse.numel() == 0 or num_tokens == 0:
+        return state, masses
+    rows, queries = _turns(query, lists, num_tokens)
+    for first in range(0, query.shape[0], rows):
+        for start in range(0, query.shape[1], queries):
+            part = slice(first, first + rows), slice(start, start + queries)
+            views = None if masses is None else [mass[part] for mass in masses]
+            _attend(
+                query[part], [_take(each, *part) for each in lists], softmax_scale,
+                AttentionState(state.out[part], state.lse[part]), views,
+            )
+    return state, masses
 
 
-def dense_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    softmax_scale: float,
-) -> AttentionState:
-    """Attend to dense keys; heads of a group share one matrix product.
+def _attend(
+    query: torch.Tensor, lists: list[PageList], softmax_scale: float, state: AttentionState,
+    masses: list[torch.Tensor] | None,
+) -> None:
+    """Write one turn's attention to `state` and its masses to `masses`."""
+    n, sq = query.shape[:2]
+    num_groups = lists[0].pages.keys.shape[0]
+    rows = group_heads(query.float() * softmax_scale, num_groups)
+    sizes = [each.table.shape[1] * each.pages.page_size for each in lists]
+    logits = scratch("logits", (*rows.shape[:3], sum(sizes)), torch.float32, query.device)
+    parts = logits.split(sizes, dim=3)
+    blocks = [list(page_blocks(each, _block_tokens(each, n))) for each in lists]
+    for each, part, own in zip(lists, parts, blocks):
+        for block in own:
+            _write_logits(rows, each, block, part[..., _tokens(each, block)])
+        if each.logit_bias is not None:
+            part += group_heads(each.logit_bias.unsqueeze(3), num_groups)
+    top = logits.amax(dim=3, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0.0)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(dim=3, keepdim=True)
+    out = rows.new_zeros(*rows.shape[:3], state.out.shape[3])
+    for each, part, own in zip(lists, parts, blocks):
+        for block in own:
+            _multiply(part[..., _tokens(each, block)], read_values(each, block), out, adds=True)
+    # The largest logit alone adds 1 to the total: it is less only where there is no token.
+    out /= total.clamp(min=1.0)
+    state.out.copy_(ungroup_heads(out, sq))
+    state.lse.copy_(ungroup_heads(top + total.log(), sq).squeeze(3))
+    for index, mass in enumerate(masses or ()):
+        m = lists[index].table.shape[1]
+        if m:
+            shares = parts[index].unflatten(3, (m, -1)).sum(dim=4) / total.clamp(min=1.0)
+            mass[..., :m] = ungroup_heads(shares, sq)
 
-    Args:
-        query: [n, sq, np, hn].
-        keys: [ng, n, t, hn].
-        values: [ng, n, t, hn].
-        mask: [n, t] or [n, sq, t], bool, True where the token is to be read.
-        softmax_scale: factor on the logits.
-    """
-    n, sq, num_heads, width = query.shape
-    num_groups = keys.shape[0]
-    if n == 0:
-        return _empty_state(query)
-    group = num_heads // num_groups
-    # [n, sq, ng, g, hn] -> [ng, n, sq * g, hn]
-    rows = query.view(n, sq, num_groups, group, width).permute(2, 0, 1, 3, 4)
-    rows = rows.reshape(num_groups, n, sq * group, width) * softmax_scale
-    logits = torch.matmul(rows, keys.transpose(2, 3)).float()
-    hidden = ~(mask.unsqueeze(1) if mask.dim() == 2 else mask.repeat_interleave(group, dim=1))
-    logits.masked_fill_(hidden, -torch.inf)
-    lse = torch.logsumexp(logits, dim=-1)
-    finite = lse.masked_fill(lse == -torch.inf, 0.0)
-    weights = logits.sub_(finite.unsqueeze(-1)).exp_().to(values.dtype)
-    out = torch.matmul(weights, values)
-    out = out.view(num_groups, n, sq, group, width).permute(1, 2, 0, 3, 4)
-    lse = lse.view(num_groups, n, sq, group).permute(1, 2, 0, 3)
-    return AttentionState(
-        out.reshape(n, sq, num_heads, width), lse.reshape(n, sq, num_heads)
+
+def _write_logits(
+    rows: torch.Tensor, page_list: PageList, block: PageBlock, out: torch.Tensor
+) -> None:
+    """Logits of a block to out [ng, n, sq * g, t], -inf for hidden tokens, biases not included."""
+    _multiply(rows, read_keys(page_list, block).transpose(2, 3), out)
+    multiplicity = page_list.pages.log_multiplicity
+    if multiplicity is not None:
+        by_token = multiplicity[block.pages].repeat_interleave(page_list.pages.page_size, dim=1)
+        out += by_token.unsqueeze(1)
+    if block.hidden is not None:
+        out.masked_fill_(block.hidden.unsqueeze(1), -torch.inf)
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, adds: bool = False) -> None:
+    """Matrix products over the first two dimensions, into or onto `out`, without copies."""
+    beta = 1 if adds else 0
+    if b.shape[1] == 1 or b.stride(0) == b.shape[1] * b.stride(1):
+        a, b, out = (x.flatten(0, 1).unsqueeze(0) for x in (a, b, out))
+    for left, right, product in zip(a, b, out):
+        torch.baddbmm(product, left, right, beta=beta, out=product)
+
+
+def _tokens(page_list: PageList, block: PageBlock) -> slice:
+    page_size = page_list.pages.page_size
+    return slice(block.columns.start * page_size, block.columns.stop * page_size)
+
+
+def _token_bytes(page_list: PageList) -> int:
+    keys, values = page_list.pages.keys, page_list.pages.values
+    return 4 * keys.shape[0] * max(keys.shape[3], values.shape[3])
+
+
+def _block_tokens(page_list: PageList, n: int) -> int:
+    return BLOCK_BYTES // (n * _token_bytes(page_list))
+
+
+def _turns(query: torch.Tensor, lists: list[PageList], num_tokens: int) -> tuple[int, int]:
+    """How many sequences and queries are attended at once."""
+    n, sq, num_heads = query.shape[:3]
+    shortest = min(MIN_BLOCK_TOKENS, num_tokens)
+    row_bytes = max(max(shortest, x.pages.page_size) * _token_bytes(x) for x in lists)
+    query_bytes = 4 * num_heads * num_tokens
+    rows = min(BLOCK_BYTES // row_bytes, LOGIT_BYTES // (sq * query_bytes))
+    return min(n, max(1, rows)), min(sq, max(1, LOGIT_BYTES // query_bytes))
+
+
+def _trim(page_list: PageList) -> PageList:
+    """Without the last columns if no sequence reads them; costs no synchronisation on a GPU."""
+    if not page_list.lens.is_cpu or page_list.lens.numel() == 0:
+        return page_list
+    read = (page_list.lens > 0).any(dim=0).nonzero()
+    m = int(read[-1]) + 1 if read.numel() else 0
+    mask = page_list.token_mask
+    return page_list._replace(
+        table=page_list.table[:, :m], lens=page_list.lens[:, :m],
+        token_mask=None if mask is None else mask[:, :m],
     )
 
 
-def _rows(pages: torch.Tensor, n: int) -> torch.Tensor:
-    """[ng, n * m, S, hn] -> [ng, n, m * S, hn]."""
-    return pages.reshape(pages.shape[0], n, -1, pages.shape[3])
-
-
-def _is_run(pages: torch.Tensor) -> bool:
-    run = torch.arange(pages.numel()) + pages[0]
-    return torch.equal(pages, run)
-
-
-def _empty_state(query: torch.Tensor) -> AttentionState:
-    lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
-    return AttentionState(torch.zeros_like(query), lse)
+def _take(page_list: PageList, rows: slice, queries: slice) -> PageList:
+    mask, bias = page_list.token_mask, page_list.logit_bias
+    return page_list._replace(
+        table=page_list.table[rows], lens=page_list.lens[rows],
+        token_mask=None if mask is None else mask[rows],
+        logit_bias=None if bias is None else bias[rows, queries],
+    )

@@ -1,0 +1,142 @@
+"""Reads listed pages as float32 numbers, a block of columns at a time, on a CPU.
+
+Legend: n sequences, ng KV heads, m pages listed for a sequence, c pages of a block, S tokens a page,
+R stored rows a page, t = c * S, r a stored width, G scales of a page.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from pikv_megatron.ops.workspace import scratch
+from pikv_megatron.types import PageList
+
+
+class PageBlock(NamedTuple):
+    """Columns of a page list.
+
+    Attributes:
+        columns: which ones.
+        pages: [n, c], their page numbers.
+        run: the number of the first listed page if all listed pages lie one behind the other.
+        hidden: [n, t], bool, True for tokens that are not to be read; None: all of them are.
+    """
+
+    columns: slice
+    pages: torch.Tensor
+    run: int | None
+    hidden: torch.Tensor | None
+
+
+def page_blocks(page_list: PageList, block_tokens: int) -> Iterator[PageBlock]:
+    """The blocks of a page list, of about `block_tokens` tokens a sequence."""
+    table, page_size = page_list.table, page_list.pages.page_size
+    if table.numel() == 0:
+        return
+    run, num_whole, has_hidden = None, 0, torch.ones(table.shape[1], dtype=torch.bool)
+    if table.is_cpu:
+        run = _first_of_run(table.reshape(-1))
+        has_hidden = _has_hidden(page_list)
+        is_plain = page_list.pages.keys.dtype == page_list.pages.values.dtype == torch.float32
+        if run is not None and is_plain:
+            # Nothing is copied up to the first hidden token, so one block will do.
+            num_whole = int((has_hidden.cumsum(0) == 0).sum())
+    step = max(1, block_tokens // page_size)
+    bounds = [0] * (num_whole > 0) + list(range(num_whole, table.shape[1], step))
+    for first, last in zip(bounds, bounds[1:] + [table.shape[1]]):
+        columns = slice(first, last)
+        hidden = _hidden(page_list, columns) if has_hidden[columns].any() else None
+        yield PageBlock(columns, table[:, columns], run, hidden)
+
+
+def read_keys(page_list: PageList, block: PageBlock) -> torch.Tensor:
+    """[ng, n, t, r_k], float32; anything where a token is hidden."""
+    pages = page_list.pages
+    stored = _stored(pages.keys, page_list, block)
+    if pages.key_scale is None:
+        return _as_float(stored).flatten(2, 3)
+    numbers = _codes(stored, pages.tokens_per_row)
+    groups = numbers.unflatten(3, (pages.key_scale.shape[2], -1))
+    for apply, factor in ((groups.mul_, pages.key_scale), (groups.add_, pages.key_zero)):
+        if factor is not None:
+            apply(_listed(factor, block).unsqueeze(4))
+    return numbers.flatten(2, 3)
+
+
+def read_values(page_list: PageList, block: PageBlock) -> torch.Tensor:
+    """[ng, n, t, r_v], float32; 0 where a token is hidden, since 0 times NaN would be NaN."""
+    pages = page_list.pages
+    stored = _stored(pages.values, page_list, block)
+    if pages.value_scale is None:
+        is_pool = block.run is not None
+        numbers = _as_float(stored, copies=is_pool and block.hidden is not None)
+    else:
+        numbers = _codes(stored, pages.tokens_per_row)
+        groups = numbers.unflatten(4, (pages.value_scale.shape[3], -1))
+        for apply, factor in ((groups.mul_, pages.value_scale), (groups.add_, pages.value_zero)):
+            if factor is not None:
+                apply(_listed(factor, block).unsqueeze(5))
+    numbers = numbers.flatten(2, 3)
+    if block.hidden is not None:
+        numbers.masked_fill_(block.hidden.unsqueeze(-1), 0.0)
+    return numbers
+
+
+def _first_of_run(pages: torch.Tensor) -> int | None:
+    first, last = int(pages[0]), int(pages[-1])
+    if last - first != pages.numel() - 1:
+        return None
+    return first if torch.equal(pages, torch.arange(first, last + 1)) else None
+
+
+def _has_hidden(page_list: PageList) -> torch.Tensor:
+    """[m], bool, True where a page of the column is not read as a whole."""
+    partial = (page_list.lens < page_list.pages.page_size).any(0)
+    if page_list.token_mask is not None:
+        partial |= ~page_list.token_mask.all(2).all(0)
+    return partial
+
+
+def _hidden(page_list: PageList, columns: slice) -> torch.Tensor:
+    lens = page_list.lens[:, columns].unsqueeze(-1)
+    hidden = torch.arange(page_list.pages.page_size, device=lens.device) >= lens
+    if page_list.token_mask is not None:
+        hidden |= ~page_list.token_mask[:, columns]
+    return hidden.flatten(1)
+
+
+def _stored(pool: torch.Tensor, page_list: PageList, block: PageBlock) -> torch.Tensor:
+    """[ng, n, c, R, r]: a view of the pool [ng, p, R, r] where that is possible."""
+    n, m = page_list.table.shape
+    if block.run is not None:
+        return pool[:, block.run : block.run + n * m].unflatten(1, (n, m))[:, :, block.columns]
+    shape = (pool.shape[0], block.pages.numel(), *pool.shape[2:])
+    out = scratch("stored pages", shape, pool.dtype, pool.device)
+    # Numbers of one byte are gathered as bytes: float8 has few operations.
+    raw, raw_out = (x.view(torch.uint8) if x.dtype.itemsize == 1 else x for x in (pool, out))
+    torch.index_select(raw, 1, block.pages.reshape(-1), out=raw_out)
+    return out.unflatten(1, block.pages.shape)
+
+
+def _listed(pool: torch.Tensor, block: PageBlock) -> torch.Tensor:
+    """Scales or zero points [ng, p, ...] -> [ng, n, c, ...], float32."""
+    return pool.index_select(1, block.pages.reshape(-1)).float().unflatten(1, block.pages.shape)
+
+
+def _as_float(stored: torch.Tensor, copies: bool = False) -> torch.Tensor:
+    if stored.dtype == torch.float32 and not copies:
+        return stored
+    return scratch("page numbers", stored.shape, torch.float32, stored.device).copy_(stored)
+
+
+def _codes(stored: torch.Tensor, planes: int) -> torch.Tensor:
+    """Scaled numbers [ng, n, c, R, r] as they are stored -> [ng, n, c, S, r], float32."""
+    if planes == 1:
+        return _as_float(stored)
+    shape = (*stored.shape[:3], planes, *stored.shape[3:])
+    numbers = scratch("page numbers", shape, torch.float32, stored.device)
+    bits = 8 // planes
+    for plane in range(planes):
+        numbers[:, :, :, plane] = (stored >> (plane * bits)) & (2**bits - 1)
+    return numbers.flatten(3, 4)
