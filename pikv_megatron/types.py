@@ -2,7 +2,8 @@
 
 Legend: n sequences, sq query tokens, np query heads, ng KV heads, hn head width, p pages of a pool,
 m pages listed for a sequence, S tokens a page, r_k and r_v stored widths of keys and values (hn,
-unless a linear codec is absorbed into the query and the output).
+unless a linear codec is absorbed into the query and the output), G ranks of the expert-parallel
+group.
 """
 
 from typing import NamedTuple
@@ -143,3 +144,50 @@ class PageScores(NamedTuple):
     logit: Tensor
     score: Tensor
     chosen: Tensor
+
+
+class Directory(NamedTuple):
+    """What a home rank knows of its sequences' pages, wherever they lie.
+
+    Column j of rank r is the page that r lists in column j for the same sequence.
+
+    Attributes:
+        sketch: of every page, p of them.
+        table: [n, G, m], int64, where in `sketch` each page is found; any place for padding.
+        is_page: [n, G, m], bool, False marks padding.
+        shard: [n, G, m], int64, the shard of each page; -1 marks padding.
+    """
+
+    sketch: PageSketch
+    table: Tensor
+    is_page: Tensor
+    shard: Tensor
+
+
+class Reads(NamedTuple):
+    """What a step's queries read. Token buffers are read in every visited shard.
+
+    Attributes:
+        shards: [n, num_shards], bool, the shards that each sequence visits; None: all of them.
+        pages: [n, G, m], bool, the pages that it reads of them, in the columns of `Directory`;
+            None: all of them.
+    """
+
+    shards: Tensor | None = None
+    pages: Tensor | None = None
+
+
+class PageStats(NamedTuple):
+    """The pages that an owner holds, one row a sequence slot.
+
+    Attributes:
+        table: [slots, m], int64, numbers of the pages in the order in which they were sealed.
+        is_page: [slots, m], bool, False marks padding and pages that were dropped before.
+        position: [p, S], int32, positions of a page's tokens.
+        shard: [p], int32, the shard that a page belongs to.
+    """
+
+    table: Tensor
+    is_page: Tensor
+    position: Tensor
+    shard: Tensor

@@ -33,6 +33,15 @@ class Placement(BaseModel):
         token_hash = (position // self.hash_block) % self.token_shards
         return token_hash if expert is None else token_hash ^ (expert % self.expert_shards)
 
+    def most_pages(self, num_tokens: int, page_size: int, copies: int) -> int:
+        """Most pages of `page_size` that `num_tokens` neighbours, each stored `copies` times, can
+        fill on one rank."""
+        if self.expert_shards > 1:
+            return copies * num_tokens // page_size  # one rank's experts may have been chosen for all
+        period = self.token_shards * self.hash_block
+        in_shard = -(-num_tokens // period) * self.hash_block
+        return self.shards_per_rank * (min(num_tokens, in_shard) // page_size)
+
     def owner(self, shard: torch.Tensor) -> torch.Tensor:
         return shard % self.num_ranks
 

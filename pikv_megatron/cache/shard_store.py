@@ -1,20 +1,21 @@
 """The shards of one layer that a rank owns: token buffers that are sealed into pages.
 
-Legend: ng KV heads, hn head width, S tokens a page, L shards a rank, t tokens of a block.
-A *group* is one (slot, local shard), with a token buffer; the last group takes padding.
+Legend: n sequences, sq query tokens, np query heads, ng KV heads, hn head width, S tokens a page,
+m pages a sequence, t tokens of a block. A *group* is one (slot, local shard), with a token buffer.
 """
 
 import torch
-import torch.nn.functional as F
 
 from pikv_megatron.cache.ledger import Admission, PageLedger
 from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.compression.base import KVCodec
-from pikv_megatron.ops.decode_attention import decode_attention
-from pikv_megatron.ops.merge_states import merge_states
-from pikv_megatron.types import AttentionState
+from pikv_megatron.scheduler.base import RetentionPolicy
+from pikv_megatron.types import AttentionState, KVPages, PageList, PageStats
+
+DROPPED = -1  # in a page table: the column had a page once
 
 
 class ShardStore:
@@ -29,32 +30,26 @@ class ShardStore:
         head_dim: hn.
         has_replicas: whether tokens can be stored in more than one shard.
         codec: how sealed pages are stored.
+        retention: which of them stay.
     """
 
     def __init__(
         self, placement: Placement, num_slots: int, max_pages: int, page_size: int,
         num_groups: int, head_dim: int, has_replicas: bool, codec: KVCodec,
-        dtype: torch.dtype, device: torch.device,
+        retention: RetentionPolicy, dtype: torch.dtype, device: torch.device,
     ):
         self.placement = placement
         self.page_size = page_size
         self.num_slots = num_slots
         self._shards = placement.shards_per_rank
         self._codec = codec
-        self.pool = PagePool(num_groups, page_size, head_dim, has_replicas, dtype, device)
+        self._retention = retention
+        self.pool = PagePool(codec, num_groups, page_size, head_dim, has_replicas, dtype, device)
         # The row behind the last slot is read by padding and never written.
         self.ledger = PageLedger(num_slots + 1, self._shards, page_size, device)
-        groups = self.ledger.num_tokens.numel()
-        shape = (num_groups, groups, page_size, head_dim)
-        self.buffer_keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.buffer_values = torch.zeros(shape, dtype=dtype, device=device)
-        self.buffer_position = torch.full(
-            (groups, page_size), -1, dtype=torch.int32, device=device
-        )
-        self.buffer_earlier = (
-            torch.zeros(groups, page_size, dtype=torch.int64, device=device)
-            if has_replicas else None
-        )
+        metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
+        heads = dict.fromkeys(("keys", "values"), (num_groups, head_dim))
+        self.buffers = TokenBuffers(self.ledger, heads, metadata, dtype, device)
         self.page_table = torch.zeros(
             num_slots + 1, max_pages + 1, dtype=torch.int64, device=device
         )
@@ -67,27 +62,30 @@ class ShardStore:
         """Append tokens to their buffers, sealing every buffer that fills up: O(t)."""
         if block.slot.numel() == 0:
             return
-        group = self._group(block)
-        admission = self.ledger.admit(group)
-        if admission.is_page.numel():
-            self._seal(block, admission)
-        self._fill_buffers(block, group, admission)
+        tokens = {"keys": block.keys, "values": block.values, "position": block.position}
+        if self.pool.earlier_shards is not None:
+            tokens["earlier"] = block.earlier_shards
+        admission, pages = self.buffers.insert(self._group(block), tokens)
+        if pages:
+            self._seal(admission, pages)
+            keep = self._retention.keep(self._stats())
+            if keep is not None:
+                self._drop(~keep)
 
     def attend(
-        self, query: torch.Tensor, slots: torch.Tensor, visited: torch.Tensor | None,
-        softmax_scale: float,
+        self, query: torch.Tensor, slots: torch.Tensor, num_columns: int,
+        visited: torch.Tensor | None, selected: torch.Tensor | None, softmax_scale: float,
     ) -> AttentionState:
         """Attention of query [n, sq, np, hn] over this rank's part of the sequences `slots` [n].
 
         Args:
-            visited: [n] int64 bit masks of the visited shards, or None for all of them.
+            num_columns: m, at least the pages of any of the sequences.
+            visited: [n], int64, bit masks of the visited shards; None for all of them.
+            selected: [n, m], bool, pages to read of those; None for all of them.
         """
-        parts = [
-            self._attend_pages(query, slots, visited, softmax_scale),
-            self._attend_buffers(query, slots, visited, softmax_scale),
-        ]
-        return merge_states(
-            torch.stack([p.out for p in parts]), torch.stack([p.lse for p in parts])
+        return self._codec.attend(
+            query, self._sealed(slots, num_columns, visited, selected),
+            self._open(slots, visited), softmax_scale,
         )
 
     def release(self, slot: int) -> None:
@@ -96,25 +94,22 @@ class ShardStore:
         self.ledger.clear(slot)
 
     def tensors(self) -> list[torch.Tensor]:
-        own = [
-            self.buffer_keys, self.buffer_values, self.buffer_position, self.buffer_earlier,
-            self.page_table,
-        ]
-        own = [t for t in own if t is not None]
+        own = [*self.buffers.tensors.values(), self.page_table]
         return own + self.ledger.tensors() + self.pool.tensors()
 
     def positions(self, slot: int) -> torch.Tensor:
         """Positions of the tokens stored for a sequence, in no order; replicas each count."""
-        groups = range(slot * self._shards, (slot + 1) * self._shards)
-        fills = [int(self.ledger.num_tokens[g]) % self.page_size for g in groups]
-        open_parts = [self.buffer_position[g, :fill] for g, fill in zip(groups, fills)]
+        groups = torch.arange(slot * self._shards, (slot + 1) * self._shards)
+        position = self.buffers.tensors["position"]
+        lens = self.buffers.lens(groups).tolist()
+        open_parts = [position[g, :length] for g, length in zip(groups.tolist(), lens)]
         return torch.cat([self.pool.position[self._pages(slot)].reshape(-1), *open_parts])
 
     def check_integrity(self) -> None:
         """Every page is free or in exactly one table, and the counts agree."""
         used = [self._pages(slot) for slot in range(self.num_slots)]
         every = torch.cat([*used, self.pool.free_pages()]).sort().values
-        assert torch.equal(every, torch.arange(self.pool.num_pages, device=every.device)), (
+        assert torch.equal(every, torch.arange(self.pool.null_page, device=every.device)), (
             "pages lost or held twice"
         )
         full = self.ledger.num_tokens[:-1] // self.page_size
@@ -128,91 +123,77 @@ class ShardStore:
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
 
     def _pages(self, slot: int) -> torch.Tensor:
-        return self.page_table[slot, : int(self.ledger.num_pages[slot])]
+        pages = self.page_table[slot, : int(self.ledger.num_pages[slot])]
+        return pages[pages != DROPPED]
 
     def _group(self, block: TokenBlock) -> torch.Tensor:
         mine = (block.slot >= 0) & (self.placement.owner(block.shard) == self.placement.rank)
         group = block.slot * self._shards + self.placement.local_shard(block.shard)
         return torch.where(mine, group, self.ledger.padding_group)
 
-    def _seal(self, block: TokenBlock, admission: Admission) -> None:
-        """Put together the pages that became full, encode them and list them."""
+    def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
+        """Store the pages that became full, and list them."""
         self.pool.reserve(admission.is_page.numel())
         pages = self.pool.allocate(admission.is_page)
         column = torch.where(
             admission.is_page, admission.page_column, self.page_table.shape[1] - 1
         )
         self.page_table[admission.page_row, column] = pages
-        group = admission.page_group
-        shard = (group % self._shards) * self.placement.num_ranks + self.placement.rank
+        local = admission.page_group % self._shards
+        shard = local * self.placement.num_ranks + self.placement.rank
         self.pool.shard[pages] = shard.to(torch.int32)
-        keys = _assemble(self.buffer_keys, block.keys, admission, dim=1)
-        values = _assemble(self.buffer_values, block.values, admission, dim=1)
-        self.pool.keys[:, pages], self.pool.values[:, pages] = self._codec.encode(keys, values)
-        position = block.position.to(torch.int32)
-        self.pool.position[pages] = _assemble(self.buffer_position, position, admission, dim=0)
-        if self.buffer_earlier is not None:
-            self.pool.earlier_shards[pages] = _assemble(
-                self.buffer_earlier, block.earlier_shards, admission, dim=0
-            )
+        self.pool.position[pages] = full["position"]
+        if self.pool.earlier_shards is not None:
+            self.pool.earlier_shards[pages] = full["earlier"]
+        self._codec.seal(full["keys"], full["values"], self.pool.kv, pages)
 
-    def _fill_buffers(self, block: TokenBlock, group: torch.Tensor, admission: Admission) -> None:
-        group = torch.where(admission.page < 0, group, self.ledger.padding_group)
-        self.buffer_keys[:, group, admission.offset] = block.keys
-        self.buffer_values[:, group, admission.offset] = block.values
-        self.buffer_position[group, admission.offset] = block.position.to(torch.int32)
-        if self.buffer_earlier is not None:
-            self.buffer_earlier[group, admission.offset] = block.earlier_shards
+    def _listed(self, table: torch.Tensor, num_pages: torch.Tensor) -> torch.Tensor:
+        """[..., m]: the columns that hold a page."""
+        is_listed = torch.arange(table.shape[-1], device=table.device) < num_pages.unsqueeze(-1)
+        return is_listed & (table != DROPPED)
 
-    def _attend_pages(self, query, slots, visited, softmax_scale) -> AttentionState:
-        counts = self.ledger.num_pages[slots]
-        width = int(counts.max()) if counts.numel() else 0
-        table = self.page_table[slots, :width]
-        is_page = torch.arange(width, device=slots.device) < counts.unsqueeze(1)
-        table = torch.where(is_page, table, self.pool.num_pages)
+    def _stats(self) -> PageStats:
+        table = self.page_table[:-1, :-1]
+        is_page = self._listed(table, self.ledger.num_pages[:-1])
+        return PageStats(table, is_page, self.pool.position, self.pool.shard)
+
+    def _drop(self, unwanted: torch.Tensor) -> None:
+        """Give pages [slots, m] back; their columns stay, so that later ones keep their place."""
+        table = self.page_table[:-1, :-1]
+        unwanted = unwanted & self._listed(table, self.ledger.num_pages[:-1])
+        self.pool.release(table[unwanted])
+        table[unwanted] = DROPPED
+
+    def _sealed(self, slots, num_columns, visited, selected) -> PageList:
+        table = self.page_table[slots, :num_columns]
+        is_read = self._listed(table, self.ledger.num_pages[slots])
+        table = torch.where(is_read, table, self.pool.null_page)
+        if selected is not None:
+            is_read = is_read & selected
         if visited is not None:
-            is_page = is_page & _is_visited(visited.unsqueeze(1), self.pool.shard[table].long())
-        mask = is_page.unsqueeze(2).expand(-1, -1, self.page_size)
-        if self.buffer_earlier is not None:
-            mask = mask & self._is_first_replica(self.pool.earlier_shards[table], visited)
-        return self._codec.attend(
-            query, self.pool.keys, self.pool.values, table, mask.reshape(slots.numel(), -1),
-            softmax_scale,
-        )
+            is_read = is_read & _is_visited(visited.unsqueeze(1), self.pool.shard[table].long())
+        mask = None
+        if self.pool.earlier_shards is not None:
+            mask = _is_first_replica(self.pool.earlier_shards[table], visited)
+        return PageList(self.pool.kv, table, is_read.int() * self.page_size, mask)
 
-    def _attend_buffers(self, query, slots, visited, softmax_scale) -> AttentionState:
+    def _open(self, slots: torch.Tensor, visited: torch.Tensor | None) -> PageList:
         local = torch.arange(self._shards, device=slots.device)
         table = slots.unsqueeze(1) * self._shards + local
-        fill = self.ledger.num_tokens[table] % self.page_size
-        mask = torch.arange(self.page_size, device=slots.device) < fill.unsqueeze(2)
+        lens = self.buffers.lens(table)
+        tensors = self.buffers.tensors
         if visited is not None:
             shard = local * self.placement.num_ranks + self.placement.rank
-            mask = mask & _is_visited(visited.unsqueeze(1), shard).unsqueeze(2)
-        if self.buffer_earlier is not None:
-            mask = mask & self._is_first_replica(self.buffer_earlier[table], visited)
-        return decode_attention(
-            query, self.buffer_keys, self.buffer_values, table, mask.reshape(slots.numel(), -1),
-            softmax_scale,
-        )
-
-    @staticmethod
-    def _is_first_replica(earlier: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:
-        """True where no visited shard holds a replica of lower order: earlier [n, m, S]."""
-        return (earlier if visited is None else earlier & visited.view(-1, 1, 1)) == 0
+            lens = lens * _is_visited(visited.unsqueeze(1), shard)
+        mask = None
+        if self.pool.earlier_shards is not None:
+            mask = _is_first_replica(tensors["earlier"][table], visited)
+        return PageList(KVPages(tensors["keys"], tensors["values"]), table, lens.int(), mask)
 
 
-def _assemble(
-    buffers: torch.Tensor, tokens: torch.Tensor, admission: Admission, dim: int
-) -> torch.Tensor:
-    """Full pages of a block: what the buffers held, then the block's tokens.
-
-    Groups lie along `dim` of the buffers, places behind it; tokens lie along `dim`.
-    """
-    pages = buffers.index_select(dim, F.pad(admission.page_group, (0, 1)))  # one more: lost writes
-    page = torch.where(admission.page < 0, pages.shape[dim] - 1, admission.page)
-    index = (slice(None),) * dim + (page, admission.offset)
-    pages[index] = tokens
-    return pages.narrow(dim, 0, pages.shape[dim] - 1)
+def _is_first_replica(earlier: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:
+    """True where no visited shard holds a replica of lower order: earlier [n, m, S]."""
+    return (earlier if visited is None else earlier & visited.view(-1, 1, 1)) == 0
 
 
 def _is_visited(visited: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Legend: n sequences of this home rank in the step, sq new tokens (padded), W pla
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 
@@ -85,6 +85,7 @@ class StepPlan:
         rank: this rank.
         slots_per_rank: window slots of a rank.
         layout: the windows' layout.
+        most_pages: the most pages on one rank of a sequence with so many tokens in shards.
         device: where the tensors are needed.
 
     Attributes:
@@ -96,6 +97,7 @@ class StepPlan:
         window_mask: [n, W], bool, tokens of the window that were cached before attention.
         is_prefill: no row of this rank has cached tokens, so the chunk is all there is.
         reads_shards: some row of some rank has tokens in shards.
+        num_columns: at least the pages that any row has on any rank.
         write_places: [w], flat places of the new tokens that stay in the window.
         write_source: [w], where they come from in the flat chunk (n x sq).
         flush: what leaves the windows, None where nothing leaves any rank.
@@ -103,7 +105,7 @@ class StepPlan:
 
     def __init__(
         self, rows_by_rank: Sequence[Sequence[StepRow]], rank: int, slots_per_rank: int,
-        layout: WindowLayout, device: torch.device,
+        layout: WindowLayout, most_pages: Callable[[int], int], device: torch.device,
     ):
         self.rows = list(rows_by_rank[rank])
         self.device = device
@@ -121,7 +123,9 @@ class StepPlan:
         self.positions = torch.arange(self.seq_len, device=device).unsqueeze(1) + past
         self.is_prefill = self.seq_len > 1 and all(row.past == 0 for row in self.rows)
         self.is_decode = self.seq_len == 1
-        self.reads_shards = any(row.sequence.flushed > layout.num_sinks for row in every)
+        in_shards = max((row.sequence.flushed - layout.num_sinks for row in every), default=0)
+        self.reads_shards = in_shards > 0
+        self.num_columns = most_pages(in_shards)
         self._plan_flush(rows_by_rank)
         self._plan_window(past)
 

@@ -1,17 +1,25 @@
 """The lossless codec."""
 
+import torch
+
 from pikv_megatron.compression.base import KVCodec
 from pikv_megatron.ops.decode_attention import decode_attention
+from pikv_megatron.types import KVPages
 
 
 class NoCodec(KVCodec):
     """Pages are stored as computed."""
 
-    def encode(self, keys, values):
-        return keys, values
+    def allocate(self, num_groups, num_pages, page_size, head_dim, dtype, device):
+        shape = (num_groups, num_pages, page_size, head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return KVPages(keys, values)
 
-    def decode(self, keys, values):
-        return keys, values
+    def seal(self, keys, values, pages, page):
+        pages.keys[:, page], pages.values[:, page] = keys, values
 
-    def attend(self, query, keys, values, page_table, token_mask, softmax_scale):
-        return decode_attention(query, keys, values, page_table, token_mask, softmax_scale)
+    def restore(self, pages, page):
+        return pages.keys[:, page], pages.values[:, page]
+
+    def attend(self, query, sealed, buffers, softmax_scale):
+        return decode_attention(query, [sealed, buffers], softmax_scale)[0]

@@ -110,8 +110,8 @@ class PiKVForCausalLM(torch.nn.Module):
         """
         if self.context is None:
             raise ValueError("cache_report: call generate first")
-        stores = [layer.store.pool.keys for layer in self.context.layers.values()]
-        token_bytes = sum(2 * k.shape[0] * k.shape[3] * k.element_size() for k in stores)
+        keys = [layer.window.keys for layer in self.context.layers.values()]
+        token_bytes = sum(2 * k.shape[0] * k.shape[3] * k.element_size() for k in keys)
         return CacheReport(
             self.context.allocated_bytes(), token_bytes * self._longest, self._num_decode_steps
         )

@@ -3,6 +3,7 @@
 import deepspeed.comm as dist
 import torch
 
+from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.parallel.dispatcher import (
@@ -11,11 +12,11 @@ from pikv_megatron.parallel.dispatcher import (
     QUERY_OP,
     KVDispatcher,
     PendingQuery,
+    attend,
     pack_states,
     shard_bits,
     unpack_states,
 )
-from pikv_megatron.cache.placement import Placement
 
 
 class AllGatherDispatcher(KVDispatcher):
@@ -30,16 +31,19 @@ class AllGatherDispatcher(KVDispatcher):
         super().__init__(placement)
         self.group = group
 
-    def dispatch(self, query, plan, visited):
-        bits = shard_bits(visited)
+    def dispatch(self, query, plan, reads):
         gathered, work = self._gather(_pad(query, plan.max_rows), QUERY_OP, async_op=True)
+        bits, pages = shard_bits(reads.shards), reads.pages
         if bits is not None:
             bits, _ = self._gather(_pad(bits, plan.max_rows), QUERY_OP)
-        return PendingQuery(gathered, plan.padded_slots, bits, work)
+        if pages is not None:
+            pages, _ = self._gather(_pad(pages, plan.max_rows), QUERY_OP)
+            pages = pages[:, self.placement.rank]
+        return PendingQuery(gathered, plan.padded_slots, bits, pages, work)
 
     def combine(self, pending, store, plan, softmax_scale):
         pending.work.wait()
-        state = store.attend(pending.query, pending.slots, pending.visited, softmax_scale)
+        state = attend(pending, store, plan, softmax_scale)
         packed = pack_states(state)
         home = torch.empty_like(packed)
         dist.all_to_all_single(home, packed, group=self.group, log_name=COMBINE_OP)

@@ -3,6 +3,7 @@
 import deepspeed.comm as dist
 import torch
 
+from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.parallel.dispatcher import (
@@ -11,11 +12,11 @@ from pikv_megatron.parallel.dispatcher import (
     QUERY_OP,
     KVDispatcher,
     PendingQuery,
+    attend,
     pack_states,
     shard_bits,
     unpack_states,
 )
-from pikv_megatron.cache.placement import Placement
 from pikv_megatron.types import AttentionState
 
 
@@ -31,15 +32,15 @@ class AllToAllDispatcher(KVDispatcher):
         super().__init__(placement)
         self.group = group
 
-    def dispatch(self, query, plan, visited):
-        if visited is None:
-            return self._dispatch_everywhere(query, plan)
-        return self._dispatch_visited(query, plan, visited)
+    def dispatch(self, query, plan, reads):
+        if reads.shards is None:
+            return self._dispatch_everywhere(query, plan, reads.pages)
+        return self._dispatch_visited(query, plan, reads)
 
     def combine(self, pending, store, plan, softmax_scale):
         if pending.work is not None:
             pending.work.wait()
-        state = store.attend(pending.query, pending.slots, pending.visited, softmax_scale)
+        state = attend(pending, store, plan, softmax_scale)
         sent, received, rows = pending.route
         packed = self._exchange(pack_states(state), received, sent, COMBINE_OP)
         return self._merge_home(packed, rows, plan.num_rows)
@@ -60,7 +61,7 @@ class AllToAllDispatcher(KVDispatcher):
         keys, values = tokens.permute(1, 2, 0, 3)
         return TokenBlock(keys, values, *header.unbind(1))
 
-    def _dispatch_everywhere(self, query, plan) -> PendingQuery:
+    def _dispatch_everywhere(self, query, plan, pages) -> PendingQuery:
         ranks = self.placement.num_ranks
         sent = [plan.num_rows] * ranks
         received = [len(slots) for slots in plan.slots_by_rank]
@@ -70,22 +71,26 @@ class AllToAllDispatcher(KVDispatcher):
             arrived, copies.contiguous(), received, sent, group=self.group, async_op=True,
             log_name=QUERY_OP,
         )
-        slots = plan.all_slots
+        if pages is not None:
+            pages = self._exchange(pages.transpose(0, 1).flatten(0, 1), sent, received, QUERY_OP)
         rows = torch.arange(plan.num_rows, device=query.device).repeat(ranks)
-        return PendingQuery(arrived, slots, None, work, (sent, received, rows))
+        return PendingQuery(arrived, plan.all_slots, None, pages, work, (sent, received, rows))
 
-    def _dispatch_visited(self, query, plan, visited) -> PendingQuery:
+    def _dispatch_visited(self, query, plan, reads) -> PendingQuery:
         ranks = self.placement.num_ranks
-        to_rank = visited.view(plan.num_rows, -1, ranks).any(dim=1)  # shard s: rank s mod G
+        to_rank = reads.shards.unflatten(1, (-1, ranks)).any(dim=1)  # shard s: rank s mod G
         rank_of, rows = to_rank.t().nonzero(as_tuple=True)
         sent = torch.bincount(rank_of, minlength=ranks)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.group, log_name=QUERY_OP)
         splits = sent.tolist(), received.tolist()
-        header = torch.stack([plan.slots[rows], shard_bits(visited)[rows]], dim=1)
+        header = torch.stack([plan.slots[rows], shard_bits(reads.shards)[rows]], dim=1)
         header = self._exchange(header, *splits, QUERY_OP)
         arrived = self._exchange(query[rows], *splits, QUERY_OP)
-        return PendingQuery(arrived, header[:, 0], header[:, 1], None, (*splits, rows))
+        pages = reads.pages
+        if pages is not None:
+            pages = self._exchange(pages[rows, rank_of], *splits, QUERY_OP)
+        return PendingQuery(arrived, *header.unbind(1), pages, None, (*splits, rows))
 
     def _merge_home(self, packed: torch.Tensor, rows: torch.Tensor, num_rows: int) -> AttentionState:
         """Merge the parts [parts, sq, np, hn + 1] of each row; part i belongs to rows[i]."""

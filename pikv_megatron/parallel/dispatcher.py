@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.cache.placement import Placement
-from pikv_megatron.types import AttentionState
+from pikv_megatron.types import AttentionState, Reads
 
 QUERY_OP, COMBINE_OP, FLUSH_OP = "pikv_query", "pikv_combine", "pikv_flush"
 
@@ -25,14 +25,16 @@ class PendingQuery:
     Attributes:
         query: what this rank is to attend to for others, [rows, sq, np, hn], once it arrived.
         slots: [rows], sequence slots of those rows.
-        visited: [rows], bit masks of the shards they visit, or None for all.
+        visited: [rows], bit masks of the shards they visit; None for all.
+        selected: [rows, m], bool, this rank's pages that they read; None for all.
         work: the collective to wait for, or None.
         route: what the dispatcher needs to send the results home.
     """
 
     query: torch.Tensor
     slots: torch.Tensor
-    visited: torch.Tensor | None
+    visited: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
     work: Any = None
     route: Any = None
 
@@ -44,14 +46,8 @@ class KVDispatcher(ABC):
         self.placement = placement
 
     @abstractmethod
-    def dispatch(
-        self, query: torch.Tensor, plan: StepPlan, visited: torch.Tensor | None
-    ) -> PendingQuery:
-        """Start sending query [n, sq, np, hn] to the owners of the shards it visits.
-
-        Args:
-            visited: [n, num_shards], bool, or None where every query visits every shard.
-        """
+    def dispatch(self, query: torch.Tensor, plan: StepPlan, reads: Reads) -> PendingQuery:
+        """Start sending query [n, sq, np, hn], and what it reads, to the owners it visits."""
 
     @abstractmethod
     def combine(
@@ -71,14 +67,25 @@ class KVDispatcher(ABC):
 class LocalDispatcher(KVDispatcher):
     """One rank owns everything: the oracle of the others."""
 
-    def dispatch(self, query, plan, visited):
-        return PendingQuery(query, plan.slots, shard_bits(visited))
+    def dispatch(self, query, plan, reads):
+        selected = None if reads.pages is None else reads.pages[:, 0]
+        return PendingQuery(query, plan.slots, shard_bits(reads.shards), selected)
 
     def combine(self, pending, store, plan, softmax_scale):
-        return store.attend(pending.query, pending.slots, pending.visited, softmax_scale)
+        return attend(pending, store, plan, softmax_scale)
 
     def send(self, block, plan, copies):
         return block
+
+
+def attend(
+    pending: PendingQuery, store: ShardStore, plan: StepPlan, softmax_scale: float
+) -> AttentionState:
+    """What arrived here, over what lies here."""
+    return store.attend(
+        pending.query, pending.slots, plan.num_columns, pending.visited, pending.selected,
+        softmax_scale,
+    )
 
 
 def shard_bits(visited: torch.Tensor | None) -> torch.Tensor | None:

@@ -5,16 +5,19 @@ Legend: n sequences of this home rank, sq new tokens, np query heads, ng KV head
 
 import torch
 
+from pikv_megatron.cache.directory import PageDirectory
+from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.stream_window import StreamWindow
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.ops.decode_attention import decode_attention, dense_attention
+from pikv_megatron.ops.decode_attention import decode_attention
+from pikv_megatron.ops.dense_attention import dense_attention
 from pikv_megatron.ops.merge_states import merge_states
-from pikv_megatron.parallel.dispatcher import KVDispatcher
-from pikv_megatron.cache.placement import Placement
+from pikv_megatron.parallel.dispatcher import KVDispatcher, PendingQuery
 from pikv_megatron.router.base import KVRouter
-from pikv_megatron.types import AttentionState
+from pikv_megatron.selector.base import PageSelector
+from pikv_megatron.types import AttentionState, KVPages, PageList, Reads
 
 # Queries of a chunk attend to each other in blocks, so that the logits stay small.
 QUERY_BLOCK = 256
@@ -26,21 +29,26 @@ class LayerCache:
     Args:
         window: this home rank's stream window.
         store: the shards that this rank owns.
+        directory: sketches of the pages of this home rank's sequences; None: none are kept.
         dispatcher: brings queries and tokens to the owners.
         placement: the shard of a token.
         router: which shards a query visits.
+        selector: which of their pages it reads.
         softmax_scale: factor on the logits.
     """
 
     def __init__(
-        self, window: StreamWindow, store: ShardStore, dispatcher: KVDispatcher,
-        placement: Placement, router: KVRouter, softmax_scale: float,
+        self, window: StreamWindow, store: ShardStore, directory: PageDirectory | None,
+        dispatcher: KVDispatcher, placement: Placement, router: KVRouter, selector: PageSelector,
+        softmax_scale: float,
     ):
         self.window = window
         self.store = store
+        self.directory = directory
         self._dispatcher = dispatcher
         self._placement = placement
         self._router = router
+        self._selector = selector
         self._softmax_scale = softmax_scale
         self._chunk: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -59,10 +67,7 @@ class LayerCache:
         """
         self.hold(key, value, plan)
         query = query.transpose(0, 1).contiguous()
-        pending = None
-        if plan.reads_shards:
-            visited = self._router.visit(query)
-            pending = self._dispatcher.dispatch(query, plan, visited)
+        pending = self._dispatch(query, plan) if plan.reads_shards else None
         states = [self._attend_window(query, plan)]
         if not plan.is_decode:
             states.append(self._attend_chunk(query))
@@ -94,6 +99,8 @@ class LayerCache:
         if plan.flush is not None:
             block = self._leaving(plan, flat)
             copies = 1 if flat is None else flat.shape[1]
+            if self.directory is not None:
+                self.directory.note(block)
             self.store.insert(self._dispatcher.send(block, plan, copies))
         if not plan.is_decode:
             self._write_window(plan)
@@ -101,18 +108,46 @@ class LayerCache:
                 self.window.expert[plan.write_places] = flat[plan.write_source]
         self._chunk = None
 
+    def reserve(self, num_owned: int, num_noted: int) -> None:
+        """Allocate pages on this rank, and room in the directory for pages of its sequences."""
+        self.store.reserve(num_owned)
+        if self.directory is not None:
+            self.directory.reserve(num_noted)
+
+    def release(self, slot: int, window_slot: int | None) -> None:
+        """Give back what a sequence holds here; `window_slot` is None where it is not at home."""
+        self.store.release(slot)
+        if self.directory is not None and window_slot is not None:
+            self.directory.release(window_slot)
+
     def tensors(self) -> list[torch.Tensor]:
-        return self.window.tensors() + self.store.tensors()
+        directory = [] if self.directory is None else self.directory.tensors()
+        return self.window.tensors() + self.store.tensors() + directory
+
+    def check_integrity(self) -> None:
+        """No page, and no note of one, is lost or held twice."""
+        self.store.check_integrity()
+        if self.directory is not None:
+            self.directory.check_integrity()
+
+    def _dispatch(self, query: torch.Tensor, plan: StepPlan) -> PendingQuery:
+        """Choose what is read, by what this rank knows alone, and send the queries."""
+        directory = None
+        if self.directory is not None:
+            directory = self.directory.look_up(plan.window_slots[:, 0], plan.num_columns)
+        shards = self._router.visit(query, directory)
+        pages = self._selector.select(query, directory, shards)
+        return self._dispatcher.dispatch(query, plan, Reads(shards, pages))
 
     def _write_window(self, plan: StepPlan) -> None:
         tokens = (t.flatten(1, 2).index_select(1, plan.write_source) for t in self._chunk)
         self.window.write(plan.write_places, *tokens)
 
     def _attend_window(self, query: torch.Tensor, plan: StepPlan) -> AttentionState:
-        return decode_attention(
-            query, self.window.keys, self.window.values, plan.window_slots, plan.window_mask,
-            self._softmax_scale,
-        )
+        pages = KVPages(self.window.keys, self.window.values)
+        lens = torch.full_like(plan.window_slots, pages.page_size, dtype=torch.int32)
+        window = PageList(pages, plan.window_slots, lens, plan.window_mask.unsqueeze(1))
+        return decode_attention(query, [window], self._softmax_scale)[0]
 
     def _attend_chunk(self, query: torch.Tensor) -> AttentionState:
         keys, values = self._chunk

@@ -6,5 +6,5 @@ from pikv_megatron.router.base import KVRouter
 class AllShardsRouter(KVRouter):
     """Every query visits every shard, so attention is exact."""
 
-    def visit(self, query):
+    def visit(self, query, directory):
         return None

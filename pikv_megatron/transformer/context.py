@@ -6,7 +6,8 @@ import deepspeed.comm as dist
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from pikv_megatron.parallel.layer_cache import LayerCache
+from pikv_megatron.cache.directory import PageDirectory
+from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_plan import CachedSequence, StepPlan, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
@@ -15,8 +16,11 @@ from pikv_megatron.config import PiKVConfig
 from pikv_megatron.parallel.allgather import AllGatherDispatcher
 from pikv_megatron.parallel.alltoall import AllToAllDispatcher
 from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
-from pikv_megatron.cache.placement import Placement
+from pikv_megatron.parallel.layer_cache import LayerCache
 from pikv_megatron.router.registry import ROUTERS
+from pikv_megatron.scheduler.registry import RETENTION_POLICIES
+from pikv_megatron.selector.registry import SELECTORS
+from pikv_megatron.sketch.registry import SKETCHERS
 
 STEP_OP = "pikv_step"
 
@@ -60,7 +64,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         self._rows: list[list[StepRow]] = []
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False
-        self._reserved_pages = 0
+        self._reserved = 0, 0
 
     @property
     def keeps_experts(self) -> int:
@@ -85,8 +89,9 @@ class PiKVInferenceContext(StaticInferenceContext):
     def release(self, sequence: CachedSequence) -> None:
         """End a sequence and give its pages and its slot back. Called on every rank."""
         del self._sequences[sequence.slot]
+        home, window_slot = divmod(sequence.slot, self.max_batch_size)
         for layer in self.layers.values():
-            layer.store.release(sequence.slot)
+            layer.release(sequence.slot, window_slot if home == self.rank else None)
 
     def reset(self) -> None:
         """Megatron's reset: a new batch begins."""
@@ -101,12 +106,15 @@ class PiKVInferenceContext(StaticInferenceContext):
 
         Placement by expert can need more on one rank than on another; its pool then grows.
         """
-        self._reserved_pages = sum(
-            self._num_pages(length) - self._num_pages(sequence.length)
+        more = [
+            (sequence.slot // self.max_batch_size,
+             self._num_pages(length) - self._num_pages(sequence.length))
             for sequence, length in lengths
-        )
+        ]
+        own = sum(pages for home, pages in more if home == self.rank)
+        self._reserved = sum(pages for _, pages in more), own * self.num_ranks
         for layer in self.layers.values():
-            layer.store.reserve(self._reserved_pages)
+            layer.reserve(*self._reserved)
 
     def begin_step(self, rows_by_rank: Sequence[Sequence[StepRow]], device: torch.device) -> None:
         """Plan a step whose rows every rank knows.
@@ -122,9 +130,7 @@ class PiKVInferenceContext(StaticInferenceContext):
                 )
         self._rows = [list(rows) for rows in rows_by_rank]
         self._driven = True
-        self.plan = StepPlan(
-            self._rows, self.rank, self.max_batch_size, self.layout, device
-        )
+        self.plan = self._new_plan(device)
 
     def finish_step(self) -> None:
         """Move the sequences on, after the last layer."""
@@ -157,10 +163,20 @@ class PiKVInferenceContext(StaticInferenceContext):
     def check_integrity(self) -> None:
         """No page is lost or held twice, and only live sequences hold any."""
         for layer in self.layers.values():
-            layer.store.check_integrity()
+            layer.check_integrity()
             idle = set(range(layer.store.num_slots)) - set(self._sequences)
             held = [slot for slot in idle if layer.store.holds(slot)]
             assert not held, f"finished sequences still hold tokens: slots {held}"
+
+    def _new_plan(self, device: torch.device) -> StepPlan:
+        return StepPlan(
+            self._rows, self.rank, self.max_batch_size, self.layout, self._most_pages, device
+        )
+
+    def _most_pages(self, num_tokens: int) -> int:
+        """Most pages on one rank of a sequence with so many tokens in shards."""
+        copies = max(1, self.keeps_experts)
+        return self.placement.most_pages(num_tokens, self.config.page_size, copies)
 
     def _num_pages(self, length: int) -> int:
         """Pages on one rank for a sequence of `length` tokens that is spread evenly."""
@@ -170,21 +186,28 @@ class PiKVInferenceContext(StaticInferenceContext):
         return -(-in_shards * copies // per_page) * self.placement.shards_per_rank
 
     def _new_layer(self, num_groups, head_dim, softmax_scale, dtype, device) -> LayerCache:
-        config, copies = self.config, max(1, self.keeps_experts)
+        config, max_pages = self.config, self._most_pages(self.max_sequence_length)
         window = StreamWindow(
             num_groups, self.max_batch_size, self.layout.size, head_dim, self.keeps_experts,
             dtype, device,
         )
         store = ShardStore(
-            self.placement, self.max_batch_size * self.num_ranks,
-            copies * self.max_sequence_length // config.page_size, config.page_size,
-            num_groups, head_dim, copies > 1, CODECS[config.codec](), dtype, device,
+            self.placement, self.max_batch_size * self.num_ranks, max_pages, config.page_size,
+            num_groups, head_dim, self.keeps_experts > 1, CODECS[config.codec](),
+            RETENTION_POLICIES[config.retention](), dtype, device,
         )
-        store.reserve(self._reserved_pages)
-        return LayerCache(
-            window, store, self._new_dispatcher(), self.placement, ROUTERS[config.router](),
-            softmax_scale,
+        directory = None
+        if config.sketch != "none":
+            directory = PageDirectory(
+                self.placement, self.max_batch_size, max_pages, config.page_size, num_groups,
+                head_dim, SKETCHERS[config.sketch](), dtype, device,
+            )
+        layer = LayerCache(
+            window, store, directory, self._new_dispatcher(), self.placement,
+            ROUTERS[config.router](), SELECTORS[config.selector](), softmax_scale,
         )
+        layer.reserve(*self._reserved)
+        return layer
 
     def _new_dispatcher(self) -> KVDispatcher:
         if self.num_ranks == 1:
@@ -206,9 +229,7 @@ class PiKVInferenceContext(StaticInferenceContext):
             every = gathered
         layout = every.view(self.num_ranks, -1).tolist()
         self._rows = [self._engine_rows(rank, *rows) for rank, rows in enumerate(layout)]
-        self.plan = StepPlan(
-            self._rows, self.rank, self.max_batch_size, self.layout, hidden_states.device
-        )
+        self.plan = self._new_plan(hidden_states.device)
 
     def _engine_rows(self, rank: int, first: int, batch: int, count: int, past: int) -> list:
         slots = [rank * self.max_batch_size + first + row for row in range(batch)]

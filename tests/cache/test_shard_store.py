@@ -1,20 +1,34 @@
 """Every token is stored once, read once, and given back."""
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pikv_megatron import PiKVConfig, PiKVInferenceContext
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
-from pikv_megatron.cache.step_plan import StepRow
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.compression.none import NoCodec
-from pikv_megatron.ops.decode_attention import dense_attention
+from pikv_megatron.ops.dense_attention import dense_attention
+from pikv_megatron.scheduler.base import RetentionPolicy
+from pikv_megatron.scheduler.keep_all import KeepAll
 
 PLACEMENT = Placement(token_shards=4, expert_shards=1, hash_block=3, num_ranks=2, rank=1)
+MAX_PAGES = 400
+
+
+def new_store(placement, page_size, num_slots=1, has_replicas=False, retention=None) -> ShardStore:
+    return ShardStore(
+        placement, num_slots, MAX_PAGES, page_size, 2, 8, has_replicas, NoCodec(),
+        retention or KeepAll(), torch.float32, torch.device("cpu"),
+    )
+
+
+def count_tokens(store: ShardStore, num_heads: int, visited=None, selected=None) -> torch.Tensor:
+    """[num_heads]: equal logits make exp(lse) the number of tokens read."""
+    state = store.attend(
+        torch.zeros(1, 1, num_heads, 8), torch.tensor([0]), MAX_PAGES, visited, selected, 1.0
+    )
+    return state.lse.exp()[0, 0]
 
 
 def block(slot: torch.Tensor, position: torch.Tensor, placement: Placement) -> TokenBlock:
@@ -26,8 +40,7 @@ def block(slot: torch.Tensor, position: torch.Tensor, placement: Placement) -> T
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 7), st.lists(st.integers(0, 40), min_size=1, max_size=8))
 def test_only_this_ranks_tokens_are_stored_each_once(page_size, counts):
-    store = ShardStore(PLACEMENT, 2, 400 // page_size, page_size, 2, 8, False, NoCodec(),
-                       torch.float32, torch.device("cpu"))
+    store = new_store(PLACEMENT, page_size, num_slots=2)
     length = 0
     for count in counts:
         position = torch.arange(length, length + count)
@@ -41,16 +54,14 @@ def test_only_this_ranks_tokens_are_stored_each_once(page_size, counts):
 
 
 def test_attention_counts_every_stored_token_once():
-    store = ShardStore(PLACEMENT, 1, 50, 4, 2, 8, False, NoCodec(), torch.float32, torch.device("cpu"))
+    store = new_store(PLACEMENT, page_size=4)
     position = torch.arange(50)
     tokens = block(torch.zeros_like(position), position, PLACEMENT)
     store.insert(tokens)
-    query = torch.zeros(1, 1, 4, 8)  # equal logits: exp(lse) counts the tokens
-    state = store.attend(query, torch.tensor([0]), None, 1.0)
     mine = PLACEMENT.owner(tokens.shard) == 1
-    torch.testing.assert_close(state.lse.exp(), torch.full((1, 1, 4), float(mine.sum())))
+    torch.testing.assert_close(count_tokens(store, 4), torch.full((4,), float(mine.sum())))
     query = torch.randn(1, 1, 4, 8)
-    state = store.attend(query, torch.tensor([0]), None, 0.3)
+    state = store.attend(query, torch.tensor([0]), MAX_PAGES, None, None, 0.3)
     dense = dense_attention(query, tokens.keys[:, None, mine], tokens.values[:, None, mine],
                             torch.ones(1, int(mine.sum()), dtype=torch.bool), 0.3)
     torch.testing.assert_close(state.out, dense.out)
@@ -69,76 +80,38 @@ def test_replicas_count_once_in_whichever_shards_are_visited(replicas, visited, 
     for order in range(1, replicas):
         seen[:, order] = seen[:, order - 1] | (1 << shard[:, order - 1])
     slot = torch.zeros_like(shard).masked_fill((seen >> shard) & 1 == 1, -1)
-    store = ShardStore(placement, 1, 200, 3, 2, 8, True, NoCodec(), torch.float32, torch.device("cpu"))
+    store = new_store(placement, page_size=3, has_replicas=True)
     keys = torch.randn(2, num_tokens * replicas, 8)
     position = torch.arange(num_tokens)[:, None].expand_as(shard)
     store.insert(TokenBlock(keys, keys, slot.flatten(), shard.flatten(), position.flatten(),
                             seen.flatten()))
-    state = store.attend(torch.zeros(1, 1, 2, 8), torch.tensor([0]), torch.tensor([visited]), 1.0)
     expected = ((visited >> shard) & 1).any(dim=1).sum()
-    torch.testing.assert_close(state.lse.exp(), torch.full((1, 1, 2), float(expected)))
+    counted = count_tokens(store, 2, visited=torch.tensor([visited]))
+    torch.testing.assert_close(counted, torch.full((2,), float(expected)))
 
 
-class Churn(RuleBasedStateMachine):
-    """Sequences start, grow, finish and are cancelled in any order; nothing is lost."""
+class NewestPages(RetentionPolicy):
+    """Keeps the last two pages of each sequence."""
 
-    @initialize(page_size=st.integers(1, 5), window=st.integers(0, 6), shards=st.sampled_from([1, 4]))
-    def start_context(self, page_size, window, shards):
-        config = PiKVConfig(page_size=page_size, window=window, token_shards=shards, num_sinks=2,
-                            flush_interval=2)
-        self.context = PiKVInferenceContext(4, 200, config)
-        self.layer = self.context.layer(1, 2, 8, 1.0, torch.float32, torch.device("cpu"))
-        self.live = []
-
-    @precondition(lambda self: len(self.live) < 4)
-    @rule()
-    def begin(self):
-        self.live.append(self.context.start(0))
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data(), count=st.sampled_from([1, 1, 1, 2, 9]))
-    def grow(self, data, count):
-        rows = data.draw(st.lists(st.sampled_from(self.live), min_size=1, unique_by=id))
-        rows = [s for s in rows if s.length + count <= 200]
-        if not rows:
-            return
-        self.context.begin_step([[StepRow(s, count) for s in rows]], torch.device("cpu"))
-        kv = torch.randn(count, len(rows), 2, 8)
-        plan = self.context.plan
-        state = self.layer.attend(torch.zeros(count, len(rows), 2, 8), kv, kv, plan)
-        assert state.isfinite().all()
-        self.layer.settle(plan, None)
-        self.context.finish_step()
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def finish(self, data):
-        sequence = data.draw(st.sampled_from(self.live))
-        self.live = [s for s in self.live if s is not sequence]
-        self.context.release(sequence)
-
-    @invariant()
-    def nothing_is_lost(self):
-        if not hasattr(self, "context"):
-            return
-        self.context.check_integrity()
-        for s in self.live:
-            stored = self.layer.store.positions(s.slot).sort().values
-            assert torch.equal(stored, torch.arange(2, max(2, s.flushed)).int())
+    def keep(self, stats):
+        later = stats.is_page.flip(1).cumsum(1).flip(1)
+        return later <= 2
 
 
-TestChurn = Churn.TestCase
-TestChurn.settings = settings(deadline=None, max_examples=25, stateful_step_count=25)
-
-
-def test_a_full_batch_is_refused():
-    context = PiKVInferenceContext(1, 10, PiKVConfig())
-    context.start(0)
-    with pytest.raises(ValueError, match="max_batch_size 1"):
-        context.start(0)
-
-
-def test_a_sequence_beyond_capacity_is_refused():
-    context = PiKVInferenceContext(1, 10, PiKVConfig())
-    with pytest.raises(ValueError, match="max_sequence_length 10"):
-        context.begin_step([[StepRow(context.start(0), 11)]], torch.device("cpu"))
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+def test_dropped_pages_are_given_back_and_no_longer_read(counts):
+    placement = Placement(token_shards=1, expert_shards=1, hash_block=1, num_ranks=1, rank=0)
+    store = new_store(placement, page_size=4, retention=NewestPages())
+    length = 0
+    for count in counts:
+        position = torch.arange(length, length + count)
+        store.insert(block(torch.zeros_like(position), position, placement))
+        store.check_integrity()
+        length += count
+    kept = torch.arange(max(0, length // 4 - 2) * 4, length)
+    assert torch.equal(store.positions(0).sort().values, kept.int())
+    torch.testing.assert_close(count_tokens(store, 2), torch.full((2,), float(len(kept))))
+    store.release(0)
+    store.check_integrity()
+    assert store.pool.free_pages().numel() == store.pool.null_page

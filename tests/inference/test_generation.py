@@ -163,7 +163,7 @@ def shard_bytes(num_ranks: int) -> tuple[int, int]:
         lm = PiKVForCausalLM(build(pg, pikv), pikv)
         lm.generate([[3] * 396] * 4, max_new_tokens=4)
         pools = [layer.store.pool for layer in lm.context.layers.values()]
-        pages = sum(p.keys[:, :-1].nbytes + p.values[:, :-1].nbytes for p in pools)
+        pages = sum(t[:, :-1].nbytes for p in pools for t in (p.kv.keys, p.kv.values))
         return pages, lm.cache_report().dense_bytes
 
 
