@@ -10,6 +10,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.transformer.attention import PiKVSelfAttention
 from pikv_megatron.transformer.cpu_fallback import apply_cpu_fallback
+from pikv_megatron.transformer.norms import (
+    FittingNorm,
+    FusedLayerNorm,
+    fit_final_norm,
+    fit_layer_norms,
+)
 from pikv_megatron.transformer.transformer_layer import pikv_layer_class
 
 
@@ -19,7 +25,7 @@ def pikv_layer_spec(
     """Put PiKV attention into a GPT layer spec or block spec; the given spec is left alone.
 
     Parameters, state-dict keys and sharded keys stay those of the stock layer, so every
-    checkpoint loads unchanged.
+    checkpoint loads unchanged. Apex's norms give way to torch's where they would not work.
 
     Raises:
         ValueError: a layer has latent (MLA), cross or otherwise unknown attention.
@@ -28,7 +34,10 @@ def pikv_layer_spec(
     spec = copy.deepcopy(spec)
     if isinstance(spec, TransformerBlockSubmodules):
         spec.layer_specs = [_swap(layer, pikv_config) for layer in spec.layer_specs]
+        if spec.layer_norm is FusedLayerNorm:
+            spec.layer_norm = FittingNorm
         return spec
+    fit_final_norm()
     return _swap(spec, pikv_config)
 
 
@@ -47,4 +56,5 @@ def _swap(layer: ModuleSpec, pikv_config: PiKVConfig) -> ModuleSpec:
     attention.module = PiKVSelfAttention
     attention.params = {**(attention.params or {}), "pikv_config": pikv_config}
     layer.module = pikv_layer_class(layer.module)
+    fit_layer_norms(layer)
     return layer

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron_ranks import forward
+from parity_models import build, plain_logits
 from ranks import run_ranks
 from tiny_models import logits, mixtral, prompts
 
+from pikv_megatron import PiKVConfig
 from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.checkpoint.model_builder import build_model
@@ -20,13 +23,15 @@ def test_models_build_and_compute_beside_it(tmp_path, monkeypatch):
     (tmp_path / "packages" / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path / "packages")  # the rank's process inherits it
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
-    [(apex, difference, norm)] = run_ranks(_load_beside_apex, 1, tmp_path / "model", logits(model))
+    [found] = run_ranks(_build_beside_apex, 1, tmp_path / "model", logits(model))
+    apex, difference, norm, own_norms = found
     assert apex.startswith(str(tmp_path))
     assert difference < 1e-4
     assert norm is torch.nn.LayerNorm
+    assert own_norms == [{torch.nn.RMSNorm}, {torch.nn.LayerNorm}]
 
 
-def _load_beside_apex(directory: Path, expected: torch.Tensor) -> tuple[str, float, type]:
+def _build_beside_apex(directory: Path, expected: torch.Tensor) -> tuple[str, float, type, list]:
     import apex
 
     with process_groups() as groups:
@@ -34,4 +39,16 @@ def _load_beside_apex(directory: Path, expected: torch.Tensor) -> tuple[str, flo
         architecture = Architecture.from_huggingface(directory)
         architecture = architecture.model_copy(update={"normalization": "LayerNorm"})
         layer_norm = build_model(architecture, groups).decoder.final_layernorm
-        return apex.__file__, (found - expected).abs().max().item(), type(layer_norm)
+        difference = (found - expected).abs().max().item()
+        return apex.__file__, difference, type(layer_norm), _norms_of_own_models(groups)
+
+
+def _norms_of_own_models(groups) -> list[set[type]]:
+    """Norms of models from a user's own layer spec, by what the models ask for."""
+    kinds = []
+    for normalization in ("RMSNorm", "LayerNorm"):
+        spec = get_gpt_layer_local_spec(num_experts=8, normalization=normalization)
+        model = build(groups, PiKVConfig(), spec=spec, normalization=normalization)
+        assert plain_logits(model, [1, 2, 3]).isfinite().all()
+        kinds.append({type(m) for m in model.modules() if "Norm" in type(m).__name__})
+    return kinds

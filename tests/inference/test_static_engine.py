@@ -9,7 +9,6 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (
     TextGenerationController,
 )
-from megatron.core.transformer.enums import AttnBackend
 from parity_models import VOCAB, build, plain_logits
 from ranks import run_ranks
 
@@ -48,7 +47,7 @@ def wrapper(model, context):
 
 def generate(expert_parallel_size: int) -> list[bool]:
     with process_groups(expert_parallel_size=expert_parallel_size, timeout_seconds=60) as pg:
-        model = build(pg, PIKV, attention_backend=AttnBackend.local)
+        model = build(pg, PIKV)
         context = PiKVInferenceContext(4, 64, PIKV, pg.ep)
         expected = []
         for prompt in PROMPTS:

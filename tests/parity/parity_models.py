@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext, pikv_layer_spec
@@ -18,7 +19,7 @@ def config(pg, **changes) -> TransformerConfig:
         num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=32, ffn_hidden_size=32,
         normalization="RMSNorm", add_bias_linear=False, gated_linear_unit=True,
         activation_func=F.silu, moe_token_dispatcher_type="alltoall", hidden_dropout=0.0,
-        attention_dropout=0.0, init_method_std=0.2, expert_model_parallel_size=pg.ep.size(),
+        attention_dropout=0.0, attention_backend=AttnBackend.local, init_method_std=0.2, expert_model_parallel_size=pg.ep.size(),
         tensor_model_parallel_size=pg.tp.size(), expert_tensor_parallel_size=pg.tp.size(),
     )
     return TransformerConfig(**{**values, **changes})
