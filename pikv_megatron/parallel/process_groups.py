@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import distributed_c10d
 
 from pikv_megatron.transformer.cpu_fallback import apply_cpu_fallback
 
@@ -53,11 +54,11 @@ def init_process_groups(
             tensor_model_parallel_size=tensor_parallel_size,
             expert_model_parallel_size=expert_parallel_size,
             expert_tensor_parallel_size=tensor_parallel_size,
-            distributed_timeout_minutes=max(1, int(timeout_seconds // 60)),
         )
     ep_group = deepspeed_expert_parallel_group(
         parallel_state.get_expert_model_parallel_group(), tensor_parallel_size
     )
+    _set_timeouts(timedelta(seconds=timeout_seconds))
     parallel_state._EXPERT_MODEL_PARALLEL_GROUP = ep_group
     if tensor_parallel_size == 1:
         parallel_state._EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP = ep_group
@@ -85,6 +86,12 @@ def deepspeed_expert_parallel_group(
             "set expert_tensor_parallel_size equal to tensor_model_parallel_size"
         )
     return group
+
+
+def _set_timeouts(timeout: timedelta) -> None:
+    """Give every group of this rank the timeout: DeepSpeed's would have torch's half an hour."""
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def destroy_process_groups() -> None:
