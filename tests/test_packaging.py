@@ -33,7 +33,9 @@ LAYERS = [
     {"inference"},
 ]
 # Where Megatron-Core and DeepSpeed may be imported; dispatchers may use DeepSpeed's collectives.
-INTEGRATION = {"transformer", "inference", "checkpoint", "demo", "parallel/process_groups.py"}
+INTEGRATION = {
+    "transformer", "inference", "checkpoint", "demo", "benchmarks", "parallel/process_groups.py",
+}
 
 
 def python_files(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.config import PiKVConfig
+from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive, writable
 from pikv_megatron.inference.sampling import SamplingParams
 
 SAMPLING_FIELDS = tuple(SamplingParams.model_fields)
@@ -85,7 +86,7 @@ def parse_options(argv: Sequence[str], deepspeed_config: Path) -> GenerateOption
         sampling=_sampling(args),
         stop_strings=args.stop,
         dtype=DTYPES[args.dtype],
-        output=_writable(args.output),
+        output=writable(args.output),
         expert_parallel_size=expert_parallel_size,
         tensor_parallel_size=args.tensor_parallel_size,
         timeout=args.timeout,
@@ -94,56 +95,30 @@ def parse_options(argv: Sequence[str], deepspeed_config: Path) -> GenerateOption
     return options
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-    def print_help(self, file=None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            super().print_help(file)
-
-
-def _parser(deepspeed_config: Path) -> argparse.ArgumentParser:
-    parser = _Parser(
-        description="Generate text; run it with: deepspeed --num_accelerators N launch/generate.py",
-        allow_abbrev=False,
+def _parser(deepspeed_config: Path) -> ArgumentParser:
+    parser = ArgumentParser(
+        "Generate text; run it with: deepspeed --num_accelerators N launch/generate.py"
     )
     add = parser.add_argument
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     add("--model", type=Path, required=True, help="Hugging Face directory: Mixtral, Qwen3-MoE, OLMoE")
     add("--pikv", type=Path, help="YAML file of the cache; default: lossless")
     add("--prompt", action="append", default=[], help="text to continue; may be repeated")
     add("--prompt-file", type=Path, help="more texts, one a line (UTF-8)")
-    add("--max-new-tokens", type=_positive(int), default=64, help="for each text; default: 64")
+    add("--max-new-tokens", type=positive(int), default=64, help="for each text; default: 64")
     add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     add("--top-k", type=int, default=0, help="draw among the k likeliest; default: 0, all")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest p; default: 1, all")
     add("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less; default: 1")
     add("--seed", type=int, default=0, help="of the draws; default: 0")
     add("--stop", action="append", default=[], help="text that ends a sequence; may be repeated")
-    add("--dtype", choices=list(DTYPES), default=_default_dtype(), help="default: %(default)s")
+    add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
     add("--output", type=Path, help="results, one JSON object a line")
-    add("--expert-parallel-size", type=_positive(int), help="default: all ranks left by the next")
-    add("--tensor-parallel-size", type=_positive(int), default=1, help="default: 1")
-    add("--timeout", type=_positive(float), default=300.0, help="seconds to wait for a rank; "
+    add("--expert-parallel-size", type=positive(int), help="default: all ranks left by the next")
+    add("--tensor-parallel-size", type=positive(int), default=1, help="default: 1")
+    add("--timeout", type=positive(float), default=300.0, help="seconds to wait for a rank; "
         "default: 300")
     add("--deepspeed-config", type=Path, default=deepspeed_config, help="of init_inference")
     return parser
-
-
-def _positive(kind: type):
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in its own message
-    return parse
-
-
-def _default_dtype() -> str:
-    return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def _read_model(directory: Path) -> tuple[Architecture, Tokenizer]:
@@ -211,12 +186,6 @@ def _read_deepspeed_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"--deepspeed-config {path}: expected a JSON object")
     return config
-
-
-def _writable(path: Path | None) -> Path | None:
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ValueError(f"--output {path}: cannot write a file there")
-    return path
 
 
 def _check_lengths(options: GenerateOptions) -> None:

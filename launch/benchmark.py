@@ -1,0 +1,82 @@
+"""Time decoding: python launch/benchmark.py (under deepspeed --num_accelerators N with N ranks)."""
+
+import json
+import os
+import shlex
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from generate import IS_FIRST_RANK, refuse, use_device
+
+import torch
+from rich.console import Console
+
+from pikv_megatron import destroy_process_groups, init_process_groups
+from pikv_megatron.benchmarks.measurement import (
+    Measurement,
+    build_models,
+    measure,
+    num_steps_in_all,
+)
+from pikv_megatron.benchmarks.options import BenchmarkOptions, parse_options
+from pikv_megatron.benchmarks.report import report_json, report_table
+from pikv_megatron.inference.progress import progress
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# A rank of its own, for a start without the launcher; port 0 takes a free one.
+ONE_RANK = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def main() -> int:
+    """Run on every rank; the first one prints what it measured."""
+    if "RANK" not in os.environ:
+        os.environ.update(ONE_RANK)
+    try:
+        options = parse_options(sys.argv[1:], CONFIGS)
+        use_device()
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        with redirect_stdout(sys.stderr):  # DeepSpeed prints what it builds
+            measurements = run(options)
+    except ValueError as error:
+        return refuse(error)
+    if IS_FIRST_RANK:
+        Console().print(report_table(options, measurements))
+        if options.output is not None:
+            report = report_json(options, measurements, command())
+            options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def run(options: BenchmarkOptions) -> list[Measurement]:
+    """Measure at every context length."""
+    groups = init_process_groups(expert_parallel_size=int(os.environ["WORLD_SIZE"]))
+    models = build_models(options, groups)
+    measurements = []
+    for context_len in options.contexts:
+        num_done = 0
+        with progress(f"{context_len:,} cached tokens", IS_FIRST_RANK) as advance:
+
+            def on_step() -> None:
+                nonlocal num_done
+                num_done += 1
+                advance(num_done, num_steps_in_all(options))
+
+            measurements.append(measure(options, models, context_len, on_step))
+    return measurements
+
+
+def command() -> str:
+    """How to measure the same again."""
+    num_ranks = os.environ["WORLD_SIZE"]
+    program = ["python"] if num_ranks == "1" else ["deepspeed", "--num_accelerators", num_ranks]
+    own = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
+    return shlex.join([*program, *own])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    finally:
+        destroy_process_groups()

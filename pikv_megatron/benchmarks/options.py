@@ -1,0 +1,153 @@
+"""The command line of `launch/benchmark.py`, checked before anything is built."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import torch
+import yaml
+
+from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
+from pikv_megatron.config import PiKVConfig
+from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive, writable
+
+DEFAULT_FLUSHES = 4
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What to measure; every field was checked.
+
+    Attributes:
+        architecture: of the model, which gets random weights.
+        pikv: the cache.
+        contexts: tokens in the cache before the first step, one measurement each.
+        batch_size: sequences on all ranks.
+        steps: timed steps, whole flush intervals.
+        dtype: type of weights and caches.
+        threads: of each rank; None: its share of the cores.
+        clock: "wall", or "cpu": the processor's time for this process alone.
+        output: file for all figures, JSON.
+        seed: of weights, keys, values and tokens.
+    """
+
+    architecture: Architecture
+    pikv: PiKVConfig
+    contexts: tuple[int, ...]
+    batch_size: int
+    steps: int
+    dtype: torch.dtype
+    threads: int | None
+    clock: str
+    output: Path | None
+    seed: int
+
+    @property
+    def extra_steps(self) -> int:
+        """Steps before the timed ones, and again behind them, where attention is timed."""
+        return self.pikv.flush_interval
+
+
+def parse_options(argv: Sequence[str], configs: Path) -> BenchmarkOptions:
+    """Read the command line and the two files that it names.
+
+    Args:
+        argv: without the program's name.
+        configs: folder of the default files.
+
+    Raises:
+        ValueError: with one line that says what is wrong.
+    """
+    args = _parser(configs).parse_args(argv)
+    pikv = PiKVConfig.from_file(args.pikv)
+    pikv.num_shards(int(os.environ.get("WORLD_SIZE", "1")))
+    options = BenchmarkOptions(
+        architecture=_read_architecture(args.model),
+        pikv=pikv,
+        contexts=tuple(args.contexts),
+        batch_size=args.batch_size,
+        steps=_steps(args.steps, pikv.flush_interval),
+        dtype=DTYPES[args.dtype],
+        threads=args.threads,
+        clock=_clock(args),
+        output=writable(args.output),
+        seed=args.seed,
+    )
+    _check_lengths(options)
+    return options
+
+
+def _parser(configs: Path) -> ArgumentParser:
+    parser = ArgumentParser(
+        "Time decoding over a PiKV cache, over a dense one, and in stock Megatron. Under "
+        "deepspeed --num_accelerators N the ranks share experts and sequences."
+    )
+    add = parser.add_argument
+    add("--model", type=Path, default=configs / "model/benchmark.yaml",
+        help="YAML file of the model; default: configs/model/benchmark.yaml")
+    add("--pikv", type=Path, default=configs / "pikv/lossless.yaml",
+        help="YAML file of the cache; default: configs/pikv/lossless.yaml")
+    add("--contexts", type=positive(int), nargs="+", default=[1024, 8192, 32768],
+        help="cached tokens before the first step; default: 1024 8192 32768")
+    add("--batch-size", type=positive(int), default=1, help="on all ranks; default: 1")
+    add("--steps", type=positive(int), help="timed steps, a multiple of flush_interval; "
+        f"default: {DEFAULT_FLUSHES} of them")
+    add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
+    add("--threads", type=positive(int), help="of each rank; default: its share of the cores")
+    add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the processor's time for "
+        "this process, on a machine with other work; with one rank and --threads 1; default: wall")
+    add("--output", type=Path, help="all figures, JSON")
+    add("--seed", type=_seed, default=0, help="of weights and tokens; default: 0")
+    return parser
+
+
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2^31 - 1, got {text}")
+    return int(text)
+
+
+_seed.__name__ = "int"  # argparse names it in its own message
+
+
+def _read_architecture(path: Path) -> Architecture:
+    try:
+        return Architecture.from_yaml(path)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"--model {path}: {error}") from error
+
+
+def _steps(steps: int | None, flush_interval: int) -> int:
+    if steps is None:
+        return DEFAULT_FLUSHES * flush_interval
+    if steps % flush_interval:
+        raise ValueError(
+            f"--steps {steps} must be a multiple of flush_interval {flush_interval}: a mean over "
+            "part of an interval would miss or overstate the flush"
+        )
+    return steps
+
+
+def _clock(args: argparse.Namespace) -> str:
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1" and not torch.cuda.is_available()
+    if args.clock == "cpu" and not (is_alone and args.threads == 1):
+        raise ValueError(
+            "--clock cpu needs --threads 1, one rank and no accelerator: it adds up the time of "
+            "threads, and stands still while this process waits"
+        )
+    return args.clock
+
+
+def _check_lengths(options: BenchmarkOptions) -> None:
+    capacity = options.architecture.max_sequence_length
+    if options.pikv.max_sequence_length is not None:
+        capacity = min(capacity, options.pikv.max_sequence_length)
+    decoded = options.steps + 2 * options.extra_steps
+    for context_len in options.contexts:
+        if context_len + decoded > capacity:
+            raise ValueError(
+                f"--contexts {context_len}: with the {decoded} tokens that are decoded behind it, "
+                f"it exceeds max_sequence_length {capacity}"
+            )

@@ -1,0 +1,122 @@
+"""Times contestants step by step in turns, so that a noisy machine disturbs all of them alike."""
+
+from contextlib import contextmanager
+from typing import Callable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+
+from pikv_megatron.benchmarks.decoding import Contestant
+
+Clock = Callable[[], float]
+# Largest difference of logits, as a share of the largest logit. In 16 bits two experts can be so
+# close that contestants choose differently now and then: the median over the steps is judged.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Race:
+    """Runs every contestant over the same tokens.
+
+    Args:
+        contestants: by name; the first one's logits are the reference.
+        clock: seconds, `time.perf_counter` or `time.process_time`.
+
+    Attributes:
+        differences: by name, of every step: how far the logits are from the reference's.
+    """
+
+    def __init__(self, contestants: Mapping[str, Contestant], clock: Clock):
+        self.contestants = contestants
+        self._clock = clock
+        self.differences: dict[str, list[float]] = {name: [] for name in contestants}
+
+    @torch.no_grad()
+    def run(self, tokens: torch.Tensor, on_step: Callable[[], None]) -> dict[str, list[float]]:
+        """Seconds of every step by contestant.
+
+        Args:
+            tokens: [steps, batch_size].
+            on_step: called after every step.
+        """
+        names = list(self.contestants)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for index, step_tokens in enumerate(tokens):
+            logits = {}
+            # Whoever comes first finds fewer weights in the processor's cache.
+            first = index % len(names)
+            for name in names[first:] + names[:first]:
+                start = _read(self._clock, is_start=True)
+                logits[name] = self.contestants[name].step(step_tokens)
+                seconds[name].append(_read(self._clock) - start)
+            self._compare(logits)
+            on_step()
+        return seconds
+
+    def check(self) -> dict[str, float]:
+        """How far each contestant's logits are from the reference's, on any rank.
+
+        Raises:
+            ValueError: one is too far away, so that times would compare different things.
+        """
+        weight = next(next(iter(self.contestants.values())).model.parameters())
+        dtype = weight.dtype
+        steps = torch.tensor(list(self.differences.values()), device=weight.device)
+        found = steps.amax(1) if dtype == torch.float32 else steps.median(1).values
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        by_name = dict(zip(self.differences, found.tolist()))
+        for name, difference in by_name.items():
+            if difference > TOLERANCES[dtype]:
+                raise ValueError(
+                    f"no figures: logits of {name!r} differ from those of {next(iter(by_name))!r} "
+                    f"by {difference:.1e} of the largest, more than {TOLERANCES[dtype]:.0e}; "
+                    "is the cache's configuration lossless?"
+                )
+        return by_name
+
+    def _compare(self, logits: Mapping[str, torch.Tensor]) -> None:
+        reference = next(iter(logits[name] for name in self.contestants))
+        largest = reference.abs().amax().item() if reference.numel() else 1.0
+        for name, other in logits.items():
+            distance = (other - reference).abs()
+            difference = distance.amax().item() / largest if distance.numel() else 0.0
+            # A comparison with NaN would let it pass.
+            self.differences[name].append(difference if difference >= 0 else float("inf"))
+
+
+class AttentionClock:
+    """Sums the time that a model spends in its attention layers, projections included."""
+
+    def __init__(self, clock: Clock):
+        self.seconds = 0.0
+        self._clock = clock
+        self._start = 0.0
+
+    def start(self, *args) -> None:
+        self._start = _read(self._clock)
+
+    def stop(self, *args) -> None:
+        self.seconds += _read(self._clock) - self._start
+
+
+@contextmanager
+def attention_clock(model: GPTModel, clock: Clock) -> Iterator[AttentionClock]:
+    """Time the attention layers for the length of a `with` block."""
+    attention, hooks = AttentionClock(clock), []
+    for layer in model.decoder.layers:
+        hooks.append(layer.self_attention.register_forward_pre_hook(attention.start))
+        hooks.append(layer.self_attention.register_forward_hook(attention.stop))
+    try:
+        yield attention
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _read(clock: Clock, is_start: bool = False) -> float:
+    """Seconds, once the device is idle; at the start of a step, once all ranks have come here."""
+    if is_start and dist.get_world_size() > 1:
+        dist.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock()

@@ -1,0 +1,52 @@
+"""What the command lines of `launch/` have in common."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Raises `ValueError` where argparse would exit, and prints its help on the first rank only."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+        # The launcher adds it to every program.
+        self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+    def print_help(self, file=None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)
+
+
+def positive(kind: type):
+    """The `type` of an option that takes positive numbers of a kind."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in its own message
+    return parse
+
+
+def default_dtype() -> str:
+    """Name of the type that suits the machine."""
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def writable(path: Path | None) -> Path | None:
+    """The file that `--output` names, where one can be written there.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"--output {path}: cannot write a file there")
+    return path
