@@ -13,13 +13,19 @@ from collections.abc import Sequence
 import torch
 
 from pikv_megatron.ops.backend import triton_op
-from pikv_megatron.ops.dense_attention import (  # noqa: F401
-    dense_attention,
+from pikv_megatron.ops.dense_attention import (
     empty_state,
     group_heads,
     ungroup_heads,
 )
-from pikv_megatron.ops.page_blocks import PageBlock, page_blocks, read_keys, read_values
+from pikv_megatron.ops.page_blocks import (
+    PageBlock,
+    noted,
+    num_columns,
+    page_blocks,
+    read_keys,
+    read_values,
+)
 from pikv_megatron.ops.workspace import scratch
 from pikv_megatron.types import AttentionState, PageList
 
@@ -68,6 +74,9 @@ def decode_attention(
     if state.lse.numel() == 0 or num_tokens == 0:
         return state, masses
     rows, queries = _turns(query, lists, num_tokens)
+    if rows == query.shape[0] and queries == query.shape[1]:
+        _attend(query, lists, softmax_scale, state, masses)
+        return state, masses
     for first in range(0, query.shape[0], rows):
         for start in range(0, query.shape[1], queries):
             part = slice(first, first + rows), slice(start, start + queries)
@@ -90,7 +99,7 @@ def _attend(
     sizes = [each.table.shape[1] * each.pages.page_size for each in lists]
     logits = scratch("logits", (*rows.shape[:3], sum(sizes)), torch.float32, query.device)
     parts = logits.split(sizes, dim=3)
-    blocks = [list(page_blocks(each, _block_tokens(each, n))) for each in lists]
+    blocks = [page_blocks(each, _block_tokens(each, n)) for each in lists]
     for each, part, own in zip(lists, parts, blocks):
         for block in own:
             _write_logits(rows, each, block, part[..., _tokens(each, block)])
@@ -165,8 +174,9 @@ def _trim(page_list: PageList) -> PageList:
     """Without the last columns if no sequence reads them; costs no synchronisation on a GPU."""
     if not page_list.lens.is_cpu or page_list.lens.numel() == 0:
         return page_list
-    read = (page_list.lens > 0).any(dim=0).nonzero()
-    m = int(read[-1]) + 1 if read.numel() else 0
+    m = noted(page_list, "num_columns", lambda: num_columns(page_list))
+    if m == page_list.table.shape[1]:
+        return page_list
     mask = page_list.token_mask
     return page_list._replace(
         table=page_list.table[:, :m], lens=page_list.lens[:, :m],
@@ -179,5 +189,5 @@ def _take(page_list: PageList, rows: slice, queries: slice) -> PageList:
     return page_list._replace(
         table=page_list.table[rows], lens=page_list.lens[rows],
         token_mask=None if mask is None else mask[rows],
-        logit_bias=None if bias is None else bias[rows, queries],
+        logit_bias=None if bias is None else bias[rows, queries], notes=None,
     )

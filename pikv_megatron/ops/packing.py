@@ -1,28 +1,80 @@
-"""Affine quantisation to 8, 4 or 2 bits and its packing, as `KVPages` and `LowRankSketch` hold it."""
+"""Quantisation to 8, 4 or 2 bits or float8, and the packing that `KVPages` and sketches use.
+
+Scales and zero points are float16. Both are rounded outwards, so that the lowest number of a group
+is never below its zero point and the highest never above its last code: a number and what is
+stored of it then differ by half a scale at most, however far from zero the group lies.
+"""
 
 import torch
 
+FLOAT8_MAX = 448.0
+HALF_MAX = 65504.0
+# The smallest positive float16: what a scale of 0 (all numbers alike) is replaced by in a division.
+HALF_TINY = 2.0**-24
 
-def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes of x over its last dimension, which shares one scale and one zero point.
+
+def quantise(
+    x: torch.Tensor, bits: int, dim: int = -1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of x along `dim`, which shares one scale and one zero point.
+
+    Args:
+        x: any floating dtype; magnitudes beyond float16's 65504 saturate.
+        bits: 8, 4 or 2.
+        dim: the dimension of a group.
 
     Returns:
-        codes like x, uint8 in [0, 2^bits); scale and zero [..., 1], float16, x = codes * scale + zero.
+        codes like x, uint8 in [0, 2^bits); scale and zero, float16, of size 1 along `dim`;
+        x = codes * scale + zero to half a scale.
 
     Example:
         Two bits of 0, 1, 2, 6: zero 0, scale 2, codes 0, 0, 1, 3 (a half rounds to even).
     """
     x = x.float()
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    zero = low.half()
-    # Of what float16 made of the zero point, so that the largest number is still reached.
-    scale = ((high - zero.float()) / (2**bits - 1)).half()
-    codes = (x - zero.float()) / scale.float().clamp(min=2**-24)
-    return codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8), scale, zero
+    levels = 2**bits - 1
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    zero = floor_half(low)
+    scale = ceil_half((high - zero.float()) / levels)
+    codes = (x - zero.float()) / scale.float().clamp(min=HALF_TINY)
+    return codes.clamp_(0, levels).round_().to(torch.uint8), scale, zero
+
+
+def quantise_float8(x: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of x along `dim`, float8_e4m3fn, so scaled that the largest magnitude becomes 448.
+
+    Returns:
+        codes like x; scale, float16, of size 1 along `dim`; x = codes * scale to 1/16 of x.
+
+    Example:
+        -14 and 3.5: scale 1/32, codes -448 and 112.
+    """
+    x = x.float()
+    scale = ceil_half(x.abs().amax(dim, keepdim=True) / FLOAT8_MAX)
+    codes = (x / scale.float().clamp(min=HALF_TINY)).clamp_(-FLOAT8_MAX, FLOAT8_MAX)
+    return codes.to(torch.float8_e4m3fn), scale
+
+
+def floor_half(x: torch.Tensor) -> torch.Tensor:
+    """A float16 that is not above x, float32, and next to it; -65504 for what lies below that.
+
+    Example:
+        0.1 lies between 0.09998 and 0.10004: it becomes the first of them, and -0.1 becomes
+        -0.10004, though -0.09998 is nearer.
+    """
+    x = x.clamp(-HALF_MAX, HALF_MAX)
+    near = x.half().float()
+    # Three quarters of 2^-10 are 0.75 to 1.5 spacings of float16: they round to one step down.
+    step = (near.abs() * (0.75 * 2.0**-10)).clamp_(min=HALF_TINY)
+    return torch.where(near > x, near - step, near).half()
+
+
+def ceil_half(x: torch.Tensor) -> torch.Tensor:
+    """A float16 that is not below x, float32, and next to it; 65504 for what lies above that."""
+    return -floor_half(-x)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """[..., S, r] of `bits` bits -> [..., S * bits / 8, r]; byte row i takes tokens i, i + R, ..."""
+    """[..., S, r] of `bits` bits -> [..., S * bits / 8, r]; byte row i has tokens i, i + R, ..."""
     planes = codes.unflatten(-2, (8 // bits, -1)).unbind(-3)
     packed = planes[0].clone()
     for order, plane in enumerate(planes[1:], start=1):

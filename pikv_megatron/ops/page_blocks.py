@@ -1,16 +1,18 @@
 """Reads listed pages as float32 numbers, a block of columns at a time, on a CPU.
 
-Legend: n sequences, ng KV heads, m pages listed for a sequence, c pages of a block, S tokens a page,
+Legend: n sequences, ng KV heads, m pages listed for a sequence, c pages of a block, S tokens and
 R stored rows a page, t = c * S, r a stored width, G scales of a page.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from pikv_megatron.ops.workspace import scratch
 from pikv_megatron.types import PageList
+
+Found = TypeVar("Found")
 
 
 class PageBlock(NamedTuple):
@@ -29,8 +31,31 @@ class PageBlock(NamedTuple):
     hidden: torch.Tensor | None
 
 
-def page_blocks(page_list: PageList, block_tokens: int) -> Iterator[PageBlock]:
+def noted(page_list: PageList, key: object, find: Callable[[], Found]) -> Found:
+    """What `find` returns, from the list's notes where it was found before."""
+    if page_list.notes is None:
+        return find()
+    if key not in page_list.notes:
+        page_list.notes[key] = find()
+    return page_list.notes[key]
+
+
+def page_blocks(page_list: PageList, block_tokens: int) -> list[PageBlock]:
     """The blocks of a page list, of about `block_tokens` tokens a sequence."""
+    is_plain = page_list.pages.keys.dtype == page_list.pages.values.dtype == torch.float32
+    return noted(
+        page_list, (block_tokens, is_plain),
+        lambda: list(_find_blocks(page_list, block_tokens, is_plain)),
+    )
+
+
+def num_columns(page_list: PageList) -> int:
+    """Columns up to the last that any sequence reads, from a CPU's tensors."""
+    read = (page_list.lens > 0).any(dim=0).nonzero()
+    return int(read[-1]) + 1 if read.numel() else 0
+
+
+def _find_blocks(page_list: PageList, block_tokens: int, is_plain: bool) -> Iterator[PageBlock]:
     table, page_size = page_list.table, page_list.pages.page_size
     if table.numel() == 0:
         return
@@ -38,7 +63,6 @@ def page_blocks(page_list: PageList, block_tokens: int) -> Iterator[PageBlock]:
     if table.is_cpu:
         run = _first_of_run(table.reshape(-1))
         has_hidden = _has_hidden(page_list)
-        is_plain = page_list.pages.keys.dtype == page_list.pages.values.dtype == torch.float32
         if run is not None and is_plain:
             # Nothing is copied up to the first hidden token, so one block will do.
             num_whole = int((has_hidden.cumsum(0) == 0).sum())
@@ -111,12 +135,21 @@ def _stored(pool: torch.Tensor, page_list: PageList, block: PageBlock) -> torch.
     n, m = page_list.table.shape
     if block.run is not None:
         return pool[:, block.run : block.run + n * m].unflatten(1, (n, m))[:, :, block.columns]
-    shape = (pool.shape[0], block.pages.numel(), *pool.shape[2:])
-    out = scratch("stored pages", shape, pool.dtype, pool.device)
-    # Numbers of one byte are gathered as bytes: float8 has few operations.
-    raw, raw_out = (x.view(torch.uint8) if x.dtype.itemsize == 1 else x for x in (pool, out))
-    torch.index_select(raw, 1, block.pages.reshape(-1), out=raw_out)
-    return out.unflatten(1, block.pages.shape)
+    pages, (num_groups, num_pages) = block.pages.reshape(-1), pool.shape[:2]
+    out = scratch(
+        "stored pages", (num_groups, pages.numel(), *pool.shape[2:]), pool.dtype, pool.device
+    )
+    gathered = out.unflatten(1, block.pages.shape)
+    if pool.stride(0) == num_pages * pool.stride(1):
+        # Torch gathers with several threads along the first dimension only.
+        first = torch.arange(0, num_groups * num_pages, num_pages, device=pages.device)
+        pages = (first.unsqueeze(1) + pages).reshape(-1)
+        pool, out = pool.flatten(0, 1), out.flatten(0, 1)
+    if pool.dtype.itemsize == 1:
+        # As bytes: float8 has few operations.
+        pool, out = pool.view(torch.uint8), out.view(torch.uint8)
+    torch.index_select(pool, pool.dim() - 3, pages, out=out)
+    return gathered
 
 
 def _listed(pool: torch.Tensor, block: PageBlock) -> torch.Tensor:

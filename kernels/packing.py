@@ -1,0 +1,102 @@
+"""Quantisation and packing in registers: what `pikv_megatron.ops.packing` does, bit for bit.
+
+Legend: S tokens a page, P = 8 / bits tokens a byte, R = S / P byte rows a page. A tile of a page
+holds P planes of BLOCK_R >= R tokens, plane by plane: place i is token (i // BLOCK_R) * R +
+i % BLOCK_R, if i % BLOCK_R < R. So a tile packs by one sum over planes, for any page size.
+"""
+
+import triton
+import triton.language as tl
+
+HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
+HALF_TINY: tl.constexpr = tl.constexpr(2.0**-24)
+FLOAT8_MAX: tl.constexpr = tl.constexpr(448.0)
+# Adding and taking away 1.5 * 2^23 leaves a float32 below 2^22 rounded to integers, half to even.
+ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def tile_tokens(first_row, R, PLANES: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Tokens of a tile that starts at byte row `first_row`, and which of its places are tokens.
+
+    Example:
+        S = 6 tokens of 4 bits: R = 3. BLOCK_R = 4: tokens 0 1 2 - 3 4 5 -.
+    """
+    place = tl.arange(0, PLANES * BLOCK_R)
+    row = first_row + place % BLOCK_R
+    return place // BLOCK_R * R + row, row < R
+
+
+@triton.jit
+def floor_half(x):
+    """A float16 (as float32) that is not above x and next to it, saturating."""
+    x = tl.minimum(tl.maximum(x, -HALF_MAX), HALF_MAX)
+    near = x.to(tl.float16).to(tl.float32)
+    step = tl.maximum(tl.abs(near) * (0.75 / 1024), HALF_TINY)
+    return tl.where(near > x, near - step, near).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def affine_range(x, inside, AXIS: tl.constexpr, LEVELS: tl.constexpr):
+    """Scale and zero point, along AXIS, of codes 0 to LEVELS that cover x where it is inside.
+
+    Example:
+        x 1, 0, 6 and 9, which is not inside; LEVELS 3: scale 2, zero 0.
+    """
+    low = tl.min(tl.where(inside, x, float("inf")), AXIS)
+    high = tl.max(tl.where(inside, x, float("-inf")), AXIS)
+    zero = floor_half(low)
+    return -floor_half(-tl.div_rn(high - zero, LEVELS * 1.0)), zero
+
+
+@triton.jit
+def affine_codes(x, scale, zero, LEVELS: tl.constexpr):
+    """Codes of x, int32 in [0, LEVELS].
+
+    Example:
+        x 2, scale 2, zero 0: 1.
+    """
+    codes = tl.div_rn(x - zero, tl.maximum(scale, HALF_TINY))
+    codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS * 1.0)
+    return ((codes + ROUNDER) - ROUNDER).to(tl.int32)
+
+
+@triton.jit
+def float8_scale(x, inside, AXIS: tl.constexpr):
+    """Scale, along AXIS, that maps x where it is inside to float8_e4m3fn, [-448, 448].
+
+    Example:
+        x -14 and 3.5: scale 1/32.
+    """
+    high = tl.max(tl.where(inside, tl.abs(x), 0.0), AXIS)
+    return -floor_half(-tl.div_rn(high, FLOAT8_MAX))
+
+
+@triton.jit
+def float8_codes(x, scale):
+    """x / scale as the bits of float8_e4m3fn, half to even: GPUs older than its own type do it too.
+
+    Example:
+        x 3.5, scale 1/32: 112 = 1.75 * 2^6, sign 0, exponent 6 + 7, mantissa 6: 01101110.
+    """
+    scaled = tl.div_rn(x, tl.maximum(scale, HALF_TINY))
+    size = tl.minimum(tl.abs(scaled), FLOAT8_MAX)
+    # Numbers below 2^-6 have its spacing, 2^-9; others an eighth of their power of two.
+    exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 127 - 6)
+    rounder = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)
+    size = (size + rounder) - rounder
+    normal = (size.to(tl.int32, bitcast=True) >> 20) - (120 << 3)
+    code = tl.where(size < 2.0**-6, (size * 512.0).to(tl.int32), normal)
+    return code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+
+
+@triton.jit
+def pack(codes, PLANES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[PLANES * BLOCK_R, BLOCK_C] int32 codes of a tile -> [BLOCK_R, BLOCK_C], uint8.
+
+    Example:
+        Four planes of one row, 3, 0, 2, 1: one byte, 3 + 0 * 4 + 2 * 16 + 1 * 64 = 99.
+    """
+    planes = tl.reshape(codes, (PLANES, BLOCK_R, BLOCK_C))
+    shift = tl.arange(0, PLANES) * (8 // PLANES)
+    return tl.sum(planes << shift[:, None, None], axis=0).to(tl.uint8)

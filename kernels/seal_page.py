@@ -1,0 +1,217 @@
+"""Compresses full token buffers into pages: keys, values and sketch in one launch.
+
+Legend: ng KV heads, c full buffers, S tokens a page, P tokens a byte, R = S / P byte rows, G_k
+groups of tokens (keys) and G_v of channels (values) with one scale each. A tensor reaches a kernel
+as a pair: its pointer and its strides.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pikv_kernels.make_sketch import (
+    TILE,
+    load_tile,
+    pair,
+    sketch_launch,
+    store_tile,
+    tile_shape,
+    write_sketch,
+)
+from pikv_kernels.packing import (
+    affine_codes,
+    affine_range,
+    float8_codes,
+    float8_scale,
+    pack,
+    tile_tokens,
+)
+
+PLAIN: tl.constexpr = tl.constexpr(0)
+FLOAT8: tl.constexpr = tl.constexpr(1)
+AFFINE: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def _ranges(x, inside, AXIS: tl.constexpr, FORMAT: tl.constexpr, PLANES: tl.constexpr):
+    """Scale and zero point along AXIS."""
+    if FORMAT == FLOAT8:
+        scale = float8_scale(x, inside, AXIS)
+        return scale, scale * 0.0
+    else:
+        return affine_range(x, inside, AXIS, 2 ** (8 // PLANES) - 1)
+
+
+@triton.jit
+def _store_codes(
+    out, head, place, row, is_row, channel, is_channel, x, scale, zero, FORMAT: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Quantise a tile with scales that broadcast to it, pack it and store it."""
+    inside = is_row[:, None] & is_channel[None, :]
+    if FORMAT == PLAIN:
+        store_tile(out, head, place, row, channel, x, inside)
+    elif FORMAT == FLOAT8:
+        store_tile(out, head, place, row, channel, float8_codes(x, scale), inside)
+    else:
+        codes = affine_codes(x, scale, zero, 2 ** (8 // PLANES) - 1)
+        store_tile(out, head, place, row, channel, pack(codes, PLANES, BLOCK_R, BLOCK_C), inside)
+
+
+@triton.jit
+def _store_scale(out, head, place, token, group, scale, mask):
+    """out[head, place, token, group] = scale, token and group of the same shape."""
+    base = out[0] + head.to(tl.int64) * out[1][0] + place * out[1][1]
+    tl.store(base + token * out[1][2] + group * out[1][3], scale.to(out[0].dtype.element_ty),
+             mask=mask)
+
+
+@triton.jit
+def _seal_keys(
+    keys, out, scales, zeros, place, head, item, block, page_size, width, num_groups,
+    FORMAT: tl.constexpr, PLANES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One block of channels of all tokens: a scale for each channel and group of tokens.
+
+    Example:
+        S = 4, G_k = 2, two bits, tokens 0, 3, 10, 16: scales 1 and 2, zeros 0 and 10, codes
+        0, 3, 0, 3, one byte 0 + 3 * 4 + 0 * 16 + 3 * 64 = 204.
+    """
+    token, is_token = tile_tokens(0, page_size // PLANES, PLANES, BLOCK_R)
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = channel < width
+    inside = is_token[:, None] & is_channel[None, :]
+    x = load_tile(keys, head, item, token, channel, inside)
+    scale, zero = tl.zeros_like(x), tl.zeros_like(x)
+    if FORMAT != PLAIN:
+        for group in range(num_groups):
+            is_mine = (token // (page_size // num_groups) == group)[:, None]
+            new_scale, new_zero = _ranges(x, inside & is_mine, 0, FORMAT, PLANES)
+            scale = tl.where(is_mine, new_scale[None, :], scale)
+            _store_scale(scales, head, place, group, channel, new_scale, is_channel)
+            if FORMAT == AFFINE:
+                zero = tl.where(is_mine, new_zero[None, :], zero)
+                _store_scale(zeros, head, place, group, channel, new_zero, is_channel)
+    row = tl.arange(0, BLOCK_R)
+    _store_codes(out, head, place, row, row < page_size // PLANES, channel, is_channel, x, scale,
+                 zero, FORMAT, PLANES, BLOCK_R, BLOCK_C)
+
+
+@triton.jit
+def _seal_values(
+    values, out, scales, zeros, place, head, item, block, page_size, group_width, row_blocks,
+    FORMAT: tl.constexpr, PLANES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One group of channels of a block of byte rows: a scale for each token.
+
+    Example:
+        One token, G_v = 2, two bits, channels 0, 3, 10, 16: scales 1 and 2, zeros 0 and 10.
+    """
+    num_rows = page_size // PLANES
+    group, first_row = block // row_blocks, block % row_blocks * BLOCK_R
+    token, is_token = tile_tokens(first_row, num_rows, PLANES, BLOCK_R)
+    channel = tl.arange(0, BLOCK_C)
+    is_channel = channel < group_width
+    channel += group * group_width
+    inside = is_token[:, None] & is_channel[None, :]
+    x = load_tile(values, head, item, token, channel, inside)
+    scale, zero = tl.sum(x, 1) * 0.0, tl.sum(x, 1) * 0.0
+    if FORMAT != PLAIN:
+        scale, zero = _ranges(x, inside, 1, FORMAT, PLANES)
+        _store_scale(scales, head, place, token, group, scale, is_token)
+        if FORMAT == AFFINE:
+            _store_scale(zeros, head, place, token, group, zero, is_token)
+    row = first_row + tl.arange(0, BLOCK_R)
+    _store_codes(out, head, place, row, row < num_rows, channel, is_channel, x, scale[:, None],
+                 zero[:, None], FORMAT, PLANES, BLOCK_R, BLOCK_C)
+
+
+@triton.jit
+def _seal(
+    keys, values, page, out_keys, out_values, key_scale, key_zero, value_scale, value_zero,
+    page_size, key_width, key_groups, key_blocks, group_width, row_blocks, value_blocks,
+    sketch_arguments, FORMAT: tl.constexpr, PLANES: tl.constexpr, KEY_R: tl.constexpr,
+    KEY_C: tl.constexpr, VALUE_R: tl.constexpr, VALUE_C: tl.constexpr, SKETCH: tl.constexpr,
+):
+    """Program (i, h, b): part b of buffer i, head h; parts are keys, then values, then sketch.
+
+    Example:
+        2 key blocks, 4 value blocks, 1 sketch block: parts 0 1 | 2 3 4 5 | 6.
+    """
+    item, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place = tl.load(page + item)
+    if (part < key_blocks) & (place >= 0):
+        _seal_keys(keys, out_keys, key_scale, key_zero, place, head, item, part, page_size,
+                   key_width, key_groups, FORMAT, PLANES, KEY_R, KEY_C)
+    part -= key_blocks
+    if (part >= 0) & (part < value_blocks) & (place >= 0):
+        _seal_values(values, out_values, value_scale, value_zero, place, head, item, part,
+                     page_size, group_width, row_blocks, FORMAT, PLANES, VALUE_R, VALUE_C)
+    if SKETCH is not None:
+        part -= value_blocks
+        if part >= 0:
+            x, rows, residual, first, second, third, norm, size, width = sketch_arguments
+            write_sketch(x, rows, residual, first, second, third, norm, head, item, part, size,
+                         width, SKETCH[0], SKETCH[1], SKETCH[2], SKETCH[3])
+
+
+def seal_page(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: tuple,
+    page: torch.Tensor,
+    sketch: tuple | None = None,
+    sketch_page: torch.Tensor | None = None,
+    sketch_keys: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """As `pikv_megatron.ops.seal_page.seal_page`; negative pages are not written."""
+    num_groups, num_items = keys.shape[:2]
+    if num_items == 0:
+        return
+    sizes, constants = _tiling(keys, values, pages)
+    arguments, num_parts, sketch_constants = None, sizes["key_blocks"] + sizes["value_blocks"], None
+    if sketch is not None:
+        sketch_keys = keys if sketch_keys is None else sketch_keys
+        sketch_page = page if sketch_page is None else sketch_page
+        arguments, num_blocks, kind = sketch_launch(sketch_keys, sketch, sketch_page, residual)
+        num_parts += num_blocks
+        sketch_constants = tuple(kind.values())
+    pool = [_bits(pages.keys), _bits(pages.values), pages.key_scale, pages.key_zero,
+            pages.value_scale, pages.value_zero]
+    _seal[(num_items, num_groups, num_parts)](
+        pair(keys), pair(values), page.contiguous(), *map(pair, pool), **sizes,
+        sketch_arguments=arguments, **constants, SKETCH=sketch_constants,
+    )
+
+
+def _tiling(
+    keys: torch.Tensor, values: torch.Tensor, pages: tuple
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Sizes and constants of `_seal`: a tile has a page of keys or a group of values."""
+    page_size, key_width = keys.shape[2:]
+    is_plain = pages.value_scale is None
+    kind = PLAIN if is_plain else FLOAT8 if pages.value_zero is None else AFFINE
+    num_rows = pages.keys.shape[2]
+    planes = page_size // num_rows
+    value_groups = 1 if is_plain else pages.value_scale.shape[3]
+    group_width = values.shape[3] // value_groups
+    key_r, key_c = tile_shape(page_size, planes, key_width)
+    value_c = triton.next_power_of_2(group_width)
+    value_r = min(triton.next_power_of_2(num_rows), max(1, TILE // (value_c * planes)))
+    row_blocks = triton.cdiv(num_rows, value_r)
+    sizes = {
+        "page_size": page_size, "key_width": key_width,
+        "key_groups": 1 if is_plain else pages.key_scale.shape[2],
+        "key_blocks": triton.cdiv(key_width, key_c), "group_width": group_width,
+        "row_blocks": row_blocks, "value_blocks": value_groups * row_blocks,
+    }
+    return sizes, {
+        "FORMAT": kind.value, "PLANES": planes, "KEY_R": key_r, "KEY_C": key_c,
+        "VALUE_R": value_r, "VALUE_C": value_c,
+    }
+
+
+def _bits(pool: torch.Tensor) -> torch.Tensor:
+    """float8 pages as bytes: the kernel makes their bits itself."""
+    return pool.view(torch.uint8) if pool.dtype == torch.float8_e4m3fn else pool

@@ -1,0 +1,71 @@
+"""Page logits from each kind of sketch, in plain torch: one sequence, one block of pages.
+
+Legend: ng KV heads, g query heads a KV head, b pages, S tokens a page, P tokens a byte, R = S / P
+byte rows, w width, r directions. Logits are not scaled yet; bounds hold for the logits of exact
+keys up to float32's rounding.
+"""
+
+import torch
+
+from pikv_megatron.types import LowRankSketch
+
+# Of a channel's largest magnitude: the rounding of up to 256 channels' products in float32.
+ROUNDING = 2.0**-16
+
+
+def mean_key_logits(query: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """[ng, g, w] queries, [ng, b, w] mean keys -> [ng, g, b]."""
+    return torch.bmm(query, mean.float().transpose(1, 2))
+
+
+def box_logits(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The largest logit of any key in the box: [ng, g, w], [ng, b, w] twice -> [ng, g, b].
+
+    A positive q_i takes the box's high end and a negative one its low end, so the maximum over
+    corners is two matrix products (Quest, arXiv 2406.10774, takes it elementwise).
+    """
+    above = torch.bmm(query.clamp(min=0), high.float().transpose(1, 2))
+    return above.baddbmm_(query.clamp(max=0), low.float().transpose(1, 2))
+
+
+def token_logits(query: torch.Tensor, block: LowRankSketch) -> torch.Tensor:
+    """q . k of every token less q . zero, [ng, g, r] -> [ng, g, S, b], by tokens of a page first.
+
+    Zero points are one addition a page; they are `zero_logits`.
+    """
+    rows = block.codes.transpose(1, 2).contiguous()  # [ng, R, b, r]
+    planes = block.page_size // rows.shape[1]
+    mask = 2 ** (8 // planes) - 1
+    scale = block.scale.float().unsqueeze(1)
+    tokens = torch.empty(rows.shape[0], planes, *rows.shape[1:], device=rows.device)
+    for plane in range(planes):
+        codes = (rows >> (8 // planes * plane)).bitwise_and_(mask)
+        torch.mul(codes.float(), scale, out=tokens[:, plane])
+    logits = torch.bmm(query, tokens.flatten(1, 3).transpose(1, 2))
+    return logits.unflatten(2, (block.page_size, -1))
+
+
+def zero_logits(query: torch.Tensor, block: LowRankSketch) -> torch.Tensor:
+    """q . zero, [ng, g, r] -> [ng, g, b]."""
+    return torch.bmm(query, block.zero.float().transpose(1, 2))
+
+
+def low_rank_margin(
+    query: torch.Tensor, query_residual: torch.Tensor, block: LowRankSketch
+) -> torch.Tensor:
+    """How far a token's q . k can lie above its sketch's: [ng, g, r], [ng, g] -> [ng, g, b].
+
+    Scales and zero points are rounded so that no code is clamped (`packing.quantise`): each channel
+    is off by half a scale at most. What the directions leave of the key gives at most the product
+    of the norms, by Cauchy-Schwarz.
+
+    Example:
+        q 2, -1, scales 0.5, 1, residuals 0.1 and 3: 2 * 0.25 + 1 * 0.5 + 0.1 * 3 = 1.3.
+    """
+    scale, zero = block.scale.float(), block.zero.float()
+    # No page has codes beyond 255; the term is tiny, so the number of bits is not asked for.
+    off = scale * 0.5 + (zero.abs() + scale * 255) * ROUNDING
+    margin = torch.bmm(query.abs(), off.transpose(1, 2))
+    # A query that the directions hold wholly needs no residual, be it infinite for unknown.
+    known = torch.where(query_residual > 0, query_residual, 0.0).unsqueeze(2)
+    return margin + torch.where(known > 0, known * block.residual.unsqueeze(1), 0.0)

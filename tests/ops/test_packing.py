@@ -1,0 +1,79 @@
+"""Numbers and what is stored of them differ by half a scale at most, wherever a group lies."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from pikv_megatron.ops.packing import (
+    ceil_half,
+    floor_half,
+    pack,
+    quantise,
+    quantise_float8,
+    unpack,
+)
+
+NUMBERS = st.floats(-60000, 60000, width=32, allow_subnormal=False)
+
+
+@settings(deadline=None)
+@given(st.lists(NUMBERS, min_size=1, max_size=20), st.sampled_from([2, 4, 8]))
+def test_a_number_is_off_by_half_a_scale(numbers, bits):
+    x = torch.tensor(numbers)
+    codes, scale, zero = quantise(x, bits)
+    stored = codes.double() * scale.double() + zero.double()
+    # Besides half a scale, the last place of float32 in x - zero.
+    slack = x.double().abs() * 2.0**-22 + scale.double() * 2.0**-15
+    assert ((stored - x.double()).abs() <= scale.double() / 2 + slack).all()
+    assert int(codes.max()) < 2**bits
+
+
+def test_the_groups_of_the_docstrings():
+    codes, scale, zero = quantise(torch.tensor([0.0, 1, 2, 6]), 2)
+    assert codes.tolist() == [0, 0, 1, 3] and scale.item() == 2 and zero.item() == 0
+    codes, scale = quantise_float8(torch.tensor([-14.0, 3.5]))
+    assert codes.float().tolist() == [-448, 112] and scale.item() == 1 / 32
+
+
+def test_numbers_that_are_all_alike_are_kept_to_float16():
+    codes, scale, zero = quantise(torch.full((3, 8), 0.1), 4)
+    stored = codes * scale.float() + zero.float()
+    assert (stored - 0.1).abs().max() <= scale.float().max() / 2 <= 1e-4
+    codes, scale, zero = quantise(torch.zeros(8), 2)
+    assert scale.item() == 0 and not codes.any()
+
+
+@settings(deadline=None)
+@given(st.lists(NUMBERS, min_size=1, max_size=20))
+def test_float8_is_off_by_a_sixteenth(numbers):
+    x = torch.tensor(numbers)
+    codes, scale = quantise_float8(x)
+    stored = codes.double() * scale.double()
+    bound = torch.maximum(x.double().abs() / 16, scale.double() * 2.0**-10)
+    assert ((stored - x.double()).abs() <= bound * (1 + 2.0**-10)).all()
+
+
+@settings(deadline=None)
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_halves_are_rounded_outwards_by_one_step(number):
+    x = torch.tensor(number)
+    below, above = floor_half(x), ceil_half(x)
+    inside = x.clamp(-65504, 65504)
+    assert below.float() <= inside <= above.float()
+    assert above.double() - below.double() <= 2.0 * max(inside.abs().item() * 2.0**-10, 2.0**-24)
+    if x.half().float() == x:
+        assert below == above == x.half()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("page_size", [8, 500])
+def test_unpack_is_the_inverse_of_pack(bits, page_size):
+    codes = torch.randint(0, 2**bits, (2, 3, page_size, 5)).to(torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (2, 3, page_size * bits // 8, 5)
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+def test_the_byte_of_the_docstring():
+    assert pack(torch.tensor([[3], [0], [2], [1]], dtype=torch.uint8), 2).item() == 99
