@@ -78,6 +78,8 @@ class PageList(NamedTuple):
         lens: [n, m], int32, tokens of the page that are read, its first ones.
         token_mask: [n, m, S], bool, False hides a token of those; None hides none.
         logit_bias: [n, sq, np], float32, added to every logit of these pages (affine codecs).
+        notes: what an operation on the host found out about `table`, `lens` and `token_mask`, so
+            that it need not look again: lists that differ in their pools only may share it.
     """
 
     pages: KVPages
@@ -85,6 +87,7 @@ class PageList(NamedTuple):
     lens: Tensor
     token_mask: Tensor | None = None
     logit_bias: Tensor | None = None
+    notes: dict | None = None
 
 
 class MeanKeySketch(NamedTuple):

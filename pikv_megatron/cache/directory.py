@@ -47,8 +47,7 @@ class PageDirectory:
         self._table = torch.zeros(rows, max_pages + 1, dtype=torch.int64, device=device)
         self._free = FreeList(device)
         # The last entry takes writes that are to be lost.
-        empty = torch.zeros(num_groups, 1, page_size, head_dim, dtype=dtype, device=device)
-        self._sketch = sketcher.sketch(empty)
+        self._sketch = sketcher.allocate(num_groups, 1, page_size, head_dim, dtype, device)
         self._shard = torch.full((1,), -1, dtype=torch.int64, device=device)
 
     def reserve(self, num_pages: int) -> None:
@@ -68,9 +67,7 @@ class PageDirectory:
         place = self._free.allocate(admission.is_page)
         column = torch.where(admission.is_page, admission.page_column, self._table.shape[1] - 1)
         self._table[admission.page_row, column] = place
-        for kept, new in zip(self._sketch, self._sketcher.sketch(pages["keys"])):
-            if isinstance(kept, torch.Tensor):
-                kept[:, place] = new
+        self._sketcher.write(pages["keys"], self._sketch, place)
         owner = admission.page_row % self._placement.num_ranks
         local = admission.page_group % self._placement.shards_per_rank
         self._shard[place] = torch.where(

@@ -4,6 +4,8 @@ Legend: n sequences, sq query tokens, np query heads, ng KV heads, hn head width
 m pages a sequence, t tokens of a block. A *group* is one (slot, local shard), with a token buffer.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from pikv_megatron.cache.ledger import Admission, PageLedger
@@ -16,6 +18,24 @@ from pikv_megatron.scheduler.base import RetentionPolicy
 from pikv_megatron.types import AttentionState, KVPages, PageList, PageStats
 
 DROPPED = -1  # in a page table: the column had a page once
+
+
+class OwnerReads(NamedTuple):
+    """What queries that came to an owner read of its part.
+
+    Attributes:
+        slots: [n], int64, their sequences.
+        num_columns: m, at least the pages of any of them here.
+        key: the slots, where the host knows them.
+        visited: [n], int64, bit masks of the visited shards; None for all of them.
+        selected: [n, m], bool, pages to read of those; None for all of them.
+    """
+
+    slots: torch.Tensor
+    num_columns: int
+    key: tuple[int, ...] | None = None
+    visited: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
 
 
 class ShardStore:
@@ -53,15 +73,19 @@ class ShardStore:
         self.page_table = torch.zeros(
             num_slots + 1, max_pages + 1, dtype=torch.int64, device=device
         )
+        # What is read where nothing is left out changes with a flush only.
+        self._lists: dict[tuple[int, ...], list[PageList]] = {}
 
     def reserve(self, num_pages: int) -> None:
         """See that `num_pages` pages are free before any token is computed."""
+        self._lists.clear()
         self.pool.reserve(num_pages)
 
     def insert(self, block: TokenBlock) -> None:
         """Append tokens to their buffers, sealing every buffer that fills up: O(t)."""
         if block.slot.numel() == 0:
             return
+        self._lists.clear()
         tokens = {"keys": block.keys, "values": block.values, "position": block.position}
         if self.pool.earlier_shards is not None:
             tokens["earlier"] = block.earlier_shards
@@ -73,23 +97,20 @@ class ShardStore:
                 self._drop(~keep)
 
     def attend(
-        self, query: torch.Tensor, slots: torch.Tensor, num_columns: int,
-        visited: torch.Tensor | None, selected: torch.Tensor | None, softmax_scale: float,
+        self, query: torch.Tensor, reads: OwnerReads, softmax_scale: float, near: list[PageList],
     ) -> AttentionState:
-        """Attention of query [n, sq, np, hn] over this rank's part of the sequences `slots` [n].
+        """Attention of query [n, sq, np, hn] over this rank's part of n sequences.
 
         Args:
-            num_columns: m, at least the pages of any of the sequences.
-            visited: [n], int64, bit masks of the visited shards; None for all of them.
-            selected: [n, m], bool, pages to read of those; None for all of them.
+            reads: which sequences, and which part of them.
+            near: lists that are attended to besides, in the same softmax.
         """
-        return self._codec.attend(
-            query, self._sealed(slots, num_columns, visited, selected),
-            self._open(slots, visited), softmax_scale,
-        )
+        sealed, opened = self._list(reads)
+        return self._codec.attend(query, sealed, [opened, *near], softmax_scale)
 
     def release(self, slot: int) -> None:
         """Give back every page and buffer of a sequence."""
+        self._lists.clear()
         self.pool.release(self._pages(slot))
         self.ledger.clear(slot)
 
@@ -164,8 +185,16 @@ class ShardStore:
         self.pool.release(table[unwanted])
         table[unwanted] = DROPPED
 
-    def _sealed(self, slots, num_columns, visited, selected) -> PageList:
-        table = self.page_table[slots, :num_columns]
+    def _list(self, reads: OwnerReads) -> list[PageList]:
+        if reads.key is None or reads.visited is not None or reads.selected is not None:
+            return [self._sealed(reads), self._open(reads)]
+        if reads.key not in self._lists:
+            self._lists[reads.key] = [self._sealed(reads), self._open(reads)]
+        return self._lists[reads.key]
+
+    def _sealed(self, reads: OwnerReads) -> PageList:
+        slots, visited, selected = reads.slots, reads.visited, reads.selected
+        table = self.page_table[slots, : reads.num_columns]
         is_read = self._listed(table, self.ledger.num_pages[slots])
         table = torch.where(is_read, table, self.pool.null_page)
         if selected is not None:
@@ -175,9 +204,10 @@ class ShardStore:
         mask = None
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(self.pool.earlier_shards[table], visited)
-        return PageList(self.pool.kv, table, is_read.int() * self.page_size, mask)
+        return PageList(self.pool.kv, table, is_read.int() * self.page_size, mask, notes={})
 
-    def _open(self, slots: torch.Tensor, visited: torch.Tensor | None) -> PageList:
+    def _open(self, reads: OwnerReads) -> PageList:
+        slots, visited = reads.slots, reads.visited
         local = torch.arange(self._shards, device=slots.device)
         table = slots.unsqueeze(1) * self._shards + local
         lens = self.buffers.lens(table)
@@ -188,7 +218,8 @@ class ShardStore:
         mask = None
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(tensors["earlier"][table], visited)
-        return PageList(KVPages(tensors["keys"], tensors["values"]), table, lens.int(), mask)
+        pages = KVPages(tensors["keys"], tensors["values"])
+        return PageList(pages, table, lens.int(), mask, notes={})
 
 
 def _is_first_replica(earlier: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:

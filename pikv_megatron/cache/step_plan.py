@@ -9,6 +9,9 @@ from typing import Callable, Sequence
 
 import torch
 
+from pikv_megatron.cache.shard_store import OwnerReads
+from pikv_megatron.types import PageList
+
 
 @dataclass
 class CachedSequence:
@@ -99,6 +102,8 @@ class StepPlan:
         reads_shards: some row of some rank has tokens in shards.
         num_columns: at least the pages that any row has on any rank.
         write_places: [w], flat places of the new tokens that stay in the window.
+        write_slots: [w], the same as a window slot of this rank,
+        write_offsets: [w], and a place in that window.
         write_source: [w], where they come from in the flat chunk (n x sq).
         flush: what leaves the windows, None where nothing leaves any rank.
     """
@@ -111,6 +116,8 @@ class StepPlan:
         self.device = device
         self.layout = layout
         self._slots_per_rank = slots_per_rank
+        self._rank = rank
+        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self._first_slot = rank * slots_per_rank
         every = [row for rows in rows_by_rank for row in rows]
         self.num_rows = len(self.rows)
@@ -130,16 +137,45 @@ class StepPlan:
         self._plan_window(past)
 
     @cached_property
-    def all_slots(self) -> torch.Tensor:
-        """Slots of every rank's rows, one rank behind the other."""
-        return self._tensor([slot for slots in self.slots_by_rank for slot in slots])
+    def own_reads(self) -> OwnerReads:
+        """All of this rank's rows."""
+        return OwnerReads(self.slots, self.num_columns, tuple(self.slots_by_rank[self._rank]))
 
     @cached_property
-    def padded_slots(self) -> torch.Tensor:
+    def all_reads(self) -> OwnerReads:
+        """All of every rank's rows, one rank behind the other."""
+        return self._reads([slot for slots in self.slots_by_rank for slot in slots])
+
+    @cached_property
+    def padded_reads(self) -> OwnerReads:
         """[ranks * max_rows]: the same, each rank padded with the slot behind the last."""
         none = self._slots_per_rank * len(self.slots_by_rank)
         padded = [slots + [none] * (self.max_rows - len(slots)) for slots in self.slots_by_rank]
-        return self._tensor([slot for slots in padded for slot in slots])
+        return self._reads([slot for slots in padded for slot in slots])
+
+    @cached_property
+    def window_reads(self) -> PageList:
+        """What is read of a window whose pools are to be filled in: one page a slot."""
+        lens = torch.full_like(self.window_slots, self.layout.size, dtype=torch.int32)
+        mask = self.window_mask.unsqueeze(1)
+        return PageList(None, self.window_slots, lens, mask, notes={})
+
+    def rotary_rows(self, table: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Rotary angles of this step: the same for queries and keys, and in every layer.
+
+        Args:
+            table: [positions, 1, 1, hn]; the model gives all its layers the same one.
+            num_rows: b, rows of the batch, the padding behind the real ones included.
+
+        Returns:
+            [sq, b, 1, hn], 0 for padding.
+        """
+        if self._rotary is None or self._rotary[0] is not table:
+            positions = self.positions.clamp(max=table.shape[0] - 1)  # of padding
+            rows = table[positions, 0]
+            padding = rows.new_zeros(rows.shape[0], num_rows - rows.shape[1], *rows.shape[2:])
+            self._rotary = table, torch.cat([rows, padding], dim=1)
+        return self._rotary[1]
 
     def finish(self, rows_by_rank: Sequence[Sequence[StepRow]]) -> None:
         """Move every sequence on, after the last layer."""
@@ -191,6 +227,8 @@ class StepPlan:
             stays.add(index, slot, max(first, sinks), end, row.past)
         places = self._places(stays.slot.tensor(), stays.position.tensor())
         self.write_places = places.to(self.device)
+        self.write_slots = self.write_places // self.layout.size
+        self.write_offsets = self.write_places % self.layout.size
         self.write_source = (stays.row.tensor() * self.seq_len + stays.offset.tensor()).to(
             self.device
         )
@@ -207,6 +245,9 @@ class StepPlan:
 
     def _places(self, slot: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         return (slot - self._first_slot) * self.layout.size + self.layout.place(position)
+
+    def _reads(self, slots: list[int]) -> OwnerReads:
+        return OwnerReads(self._tensor(slots), self.num_columns, tuple(slots))
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

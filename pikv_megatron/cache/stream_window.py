@@ -2,6 +2,8 @@
 
 import torch
 
+from pikv_megatron.ops.append_kv import append_kv
+
 
 class StreamWindow:
     """A ring for each sequence: `num_sinks` fixed places, then `capacity` circular ones.
@@ -29,10 +31,11 @@ class StreamWindow:
                 num_slots * size, num_experts_kept, dtype=torch.int16, device=device
             )
 
-    def write(self, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store tokens [ng, t, hn] at flat places [t] of (slots x size)."""
-        self.keys.flatten(1, 2).index_copy_(1, places, keys)
-        self.values.flatten(1, 2).index_copy_(1, places, values)
+    def write(
+        self, slots: torch.Tensor, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Store tokens [ng, t, hn] at places [t] of the windows `slots` [t]."""
+        append_kv(keys, values, self.keys, self.values, slots, places)
 
     def read(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [ng, t, hn] at flat places [t]."""

@@ -32,6 +32,6 @@ class KVCodec(ABC):
 
     @abstractmethod
     def attend(
-        self, query: torch.Tensor, sealed: PageList, buffers: PageList, softmax_scale: float
+        self, query: torch.Tensor, sealed: PageList, plain: list[PageList], softmax_scale: float
     ) -> AttentionState:
-        """Attention of query [n, sq, np, hn] over sealed pages and token buffers together."""
+        """Attention of query [n, sq, np, hn] over sealed pages and over lists as computed."""

@@ -4,6 +4,7 @@ import torch
 
 from pikv_megatron.compression.base import KVCodec
 from pikv_megatron.ops.decode_attention import decode_attention
+from pikv_megatron.ops.seal_page import seal_page
 from pikv_megatron.types import KVPages
 
 
@@ -16,10 +17,10 @@ class NoCodec(KVCodec):
         return KVPages(keys, values)
 
     def seal(self, keys, values, pages, page):
-        pages.keys[:, page], pages.values[:, page] = keys, values
+        seal_page(keys, values, pages, page)
 
     def restore(self, pages, page):
         return pages.keys[:, page], pages.values[:, page]
 
-    def attend(self, query, sealed, buffers, softmax_scale):
-        return decode_attention(query, [sealed, buffers], softmax_scale)[0]
+    def attend(self, query, sealed, plain, softmax_scale):
+        return decode_attention(query, [sealed, *plain], softmax_scale)[0]

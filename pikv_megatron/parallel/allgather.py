@@ -5,17 +5,16 @@ import torch
 
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.ops.merge_states import merge_states
+from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.parallel.dispatcher import (
     COMBINE_OP,
     FLUSH_OP,
     QUERY_OP,
     KVDispatcher,
     PendingQuery,
-    attend,
+    merge_parts,
     pack_states,
     shard_bits,
-    unpack_states,
 )
 
 
@@ -39,16 +38,17 @@ class AllGatherDispatcher(KVDispatcher):
         if pages is not None:
             pages, _ = self._gather(_pad(pages, plan.max_rows), QUERY_OP)
             pages = pages[:, self.placement.rank]
-        return PendingQuery(gathered, plan.padded_slots, bits, pages, work)
+        padded = plan.padded_reads._replace(visited=bits, selected=pages)
+        return PendingQuery(gathered, padded, work)
 
-    def combine(self, pending, store, plan, softmax_scale):
+    def combine(self, pending, store, query, near, softmax_scale):
+        near_state, _ = decode_attention(query, [near], softmax_scale)
         pending.work.wait()
-        state = attend(pending, store, plan, softmax_scale)
-        packed = pack_states(state)
+        packed = pack_states(store.attend(pending.query, pending.reads, softmax_scale, []))
         home = torch.empty_like(packed)
         dist.all_to_all_single(home, packed, group=self.group, log_name=COMBINE_OP)
-        parts = home.view(self.placement.num_ranks, plan.max_rows, *home.shape[1:])
-        return merge_states(*unpack_states(parts[:, : plan.num_rows]))
+        parts = home.unflatten(0, (self.placement.num_ranks, -1))
+        return merge_parts(parts[:, : query.shape[0]], near_state)
 
     def send(self, block, plan, copies):
         most = max(plan.flush.count_by_rank) * copies

@@ -4,20 +4,19 @@ import deepspeed.comm as dist
 import torch
 
 from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.shard_store import OwnerReads
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.ops.merge_states import merge_states
+from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.parallel.dispatcher import (
     COMBINE_OP,
     FLUSH_OP,
     QUERY_OP,
     KVDispatcher,
     PendingQuery,
-    attend,
+    merge_parts,
     pack_states,
     shard_bits,
-    unpack_states,
 )
-from pikv_megatron.types import AttentionState
 
 
 class AllToAllDispatcher(KVDispatcher):
@@ -37,13 +36,14 @@ class AllToAllDispatcher(KVDispatcher):
             return self._dispatch_everywhere(query, plan, reads.pages)
         return self._dispatch_visited(query, plan, reads)
 
-    def combine(self, pending, store, plan, softmax_scale):
+    def combine(self, pending, store, query, near, softmax_scale):
+        near_state, _ = decode_attention(query, [near], softmax_scale)
         if pending.work is not None:
             pending.work.wait()
-        state = attend(pending, store, plan, softmax_scale)
+        state = store.attend(pending.query, pending.reads, softmax_scale, [])
         sent, received, rows = pending.route
         packed = self._exchange(pack_states(state), received, sent, COMBINE_OP)
-        return self._merge_home(packed, rows, plan.num_rows)
+        return merge_parts(self._by_row(packed, rows, query.shape[0]), near_state)
 
     def send(self, block, plan, copies):
         owner = self.placement.owner(block.shard)
@@ -74,7 +74,8 @@ class AllToAllDispatcher(KVDispatcher):
         if pages is not None:
             pages = self._exchange(pages.transpose(0, 1).flatten(0, 1), sent, received, QUERY_OP)
         rows = torch.arange(plan.num_rows, device=query.device).repeat(ranks)
-        return PendingQuery(arrived, plan.all_slots, None, pages, work, (sent, received, rows))
+        every = plan.all_reads._replace(selected=pages)
+        return PendingQuery(arrived, every, work, (sent, received, rows))
 
     def _dispatch_visited(self, query, plan, reads) -> PendingQuery:
         ranks = self.placement.num_ranks
@@ -90,14 +91,15 @@ class AllToAllDispatcher(KVDispatcher):
         pages = reads.pages
         if pages is not None:
             pages = self._exchange(pages[rows, rank_of], *splits, QUERY_OP)
-        return PendingQuery(arrived, *header.unbind(1), pages, None, (*splits, rows))
+        slots, bits = header.unbind(1)
+        some = OwnerReads(slots, plan.num_columns, visited=bits, selected=pages)
+        return PendingQuery(arrived, some, route=(*splits, rows))
 
-    def _merge_home(self, packed: torch.Tensor, rows: torch.Tensor, num_rows: int) -> AttentionState:
-        """Merge the parts [parts, sq, np, hn + 1] of each row; part i belongs to rows[i]."""
+    def _by_row(self, packed: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Parts [parts, sq, np, hn + 1], part i of row rows[i] -> [ranks, num_rows, ...]."""
         ranks = self.placement.num_ranks
         if rows.numel() == ranks * num_rows:
-            out, lse = unpack_states(packed.view(ranks, num_rows, *packed.shape[1:]))
-            return merge_states(out, lse)
+            return packed.view(ranks, num_rows, *packed.shape[1:])
         order = torch.argsort(rows, stable=True)
         rows = rows[order]
         first = torch.searchsorted(rows, torch.arange(num_rows, device=rows.device))
@@ -105,7 +107,7 @@ class AllToAllDispatcher(KVDispatcher):
         parts = packed.new_zeros(ranks, num_rows, *packed.shape[1:])
         parts[..., -1] = -torch.inf
         parts[place, rows] = packed[order]
-        return merge_states(*unpack_states(parts))
+        return parts
 
     def _exchange(
         self, rows: torch.Tensor, sent: list[int], received: list[int], name: str

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from pikv_megatron.cache.placement import Placement
-from pikv_megatron.cache.shard_store import ShardStore
+from pikv_megatron.cache.shard_store import OwnerReads, ShardStore
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.types import AttentionState, Reads
+from pikv_megatron.ops.merge_states import merge_states
+from pikv_megatron.types import AttentionState, PageList, Reads
 
 QUERY_OP, COMBINE_OP, FLUSH_OP = "pikv_query", "pikv_combine", "pikv_flush"
 
@@ -24,17 +25,13 @@ class PendingQuery:
 
     Attributes:
         query: what this rank is to attend to for others, [rows, sq, np, hn], once it arrived.
-        slots: [rows], sequence slots of those rows.
-        visited: [rows], bit masks of the shards they visit; None for all.
-        selected: [rows, m], bool, this rank's pages that they read; None for all.
+        reads: what those rows read here.
         work: the collective to wait for, or None.
         route: what the dispatcher needs to send the results home.
     """
 
     query: torch.Tensor
-    slots: torch.Tensor
-    visited: torch.Tensor | None = None
-    selected: torch.Tensor | None = None
+    reads: OwnerReads
     work: Any = None
     route: Any = None
 
@@ -51,9 +48,15 @@ class KVDispatcher(ABC):
 
     @abstractmethod
     def combine(
-        self, pending: PendingQuery, store: ShardStore, plan: StepPlan, softmax_scale: float
+        self, pending: PendingQuery, store: ShardStore, query: torch.Tensor, near: PageList,
+        softmax_scale: float,
     ) -> AttentionState:
-        """Attend for others, send the results home, and merge what came back for this rank."""
+        """Attend for others, send the results home, and merge what came back for this rank.
+
+        Args:
+            query: [n, sq, np, hn], as given to `dispatch`.
+            near: what this rank attends to for its own rows, while queries travel.
+        """
 
     @abstractmethod
     def send(self, block: TokenBlock, plan: StepPlan, copies: int) -> TokenBlock:
@@ -69,23 +72,23 @@ class LocalDispatcher(KVDispatcher):
 
     def dispatch(self, query, plan, reads):
         selected = None if reads.pages is None else reads.pages[:, 0]
-        return PendingQuery(query, plan.slots, shard_bits(reads.shards), selected)
+        own = plan.own_reads._replace(visited=shard_bits(reads.shards), selected=selected)
+        return PendingQuery(query, own)
 
-    def combine(self, pending, store, plan, softmax_scale):
-        return attend(pending, store, plan, softmax_scale)
+    def combine(self, pending, store, query, near, softmax_scale):
+        return store.attend(query, pending.reads, softmax_scale, [near])
 
     def send(self, block, plan, copies):
         return block
 
 
-def attend(
-    pending: PendingQuery, store: ShardStore, plan: StepPlan, softmax_scale: float
-) -> AttentionState:
-    """What arrived here, over what lies here."""
-    return store.attend(
-        pending.query, pending.slots, plan.num_columns, pending.visited, pending.selected,
-        softmax_scale,
+def merge_parts(packed: torch.Tensor, near: AttentionState) -> AttentionState:
+    """Merge packed parts [parts, n, sq, np, hn + 1] with what was attended to at home."""
+    out, lse = packed[..., :-1], packed[..., -1]
+    merged = merge_states(
+        torch.cat([out, near.out.float().unsqueeze(0)]), torch.cat([lse, near.lse.unsqueeze(0)])
     )
+    return AttentionState(merged.out.to(near.out.dtype), merged.lse)
 
 
 def shard_bits(visited: torch.Tensor | None) -> torch.Tensor | None:
@@ -99,7 +102,3 @@ def shard_bits(visited: torch.Tensor | None) -> torch.Tensor | None:
 def pack_states(state: AttentionState) -> torch.Tensor:
     """[..., hn] and [...] -> [..., hn + 1], float32, so that one collective carries both."""
     return torch.cat([state.out.float(), state.lse.unsqueeze(-1)], dim=-1)
-
-
-def unpack_states(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return packed[..., :-1], packed[..., -1]

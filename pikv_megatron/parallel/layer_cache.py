@@ -17,7 +17,7 @@ from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.parallel.dispatcher import KVDispatcher, PendingQuery
 from pikv_megatron.router.base import KVRouter
 from pikv_megatron.selector.base import PageSelector
-from pikv_megatron.types import AttentionState, KVPages, PageList, Reads
+from pikv_megatron.types import AttentionState, KVPages, Reads
 
 # Queries of a chunk attend to each other in blocks, so that the logits stay small.
 QUERY_BLOCK = 256
@@ -67,18 +67,11 @@ class LayerCache:
         """
         self.hold(key, value, plan)
         query = query.transpose(0, 1).contiguous()
-        pending = self._dispatch(query, plan) if plan.reads_shards else None
-        states = [self._attend_window(query, plan)]
+        state = self._attend_past(query, plan)
         if not plan.is_decode:
-            states.append(self._attend_chunk(query))
-        if pending is not None:
-            states.append(
-                self._dispatcher.combine(pending, self.store, plan, self._softmax_scale)
-            )
-        if len(states) == 1:
-            return states[0].out.transpose(0, 1)
-        out = torch.stack([s.out.to(query.dtype) for s in states])
-        return merge_states(out, torch.stack([s.lse for s in states])).out.transpose(0, 1)
+            states = state, self._attend_chunk(query)
+            state = merge_states(*(torch.stack(parts) for parts in zip(*states)))
+        return state.out.transpose(0, 1)
 
     def hold(self, key: torch.Tensor, value: torch.Tensor, plan: StepPlan) -> None:
         """Keep the step's KV [sq, n, ng, hn] until `settle`; a decode step's goes to the window."""
@@ -130,6 +123,14 @@ class LayerCache:
         if self.directory is not None:
             self.directory.check_integrity()
 
+    def _attend_past(self, query: torch.Tensor, plan: StepPlan) -> AttentionState:
+        """Attention over the window and the shards; a decode step's token is in the window."""
+        window = plan.window_reads._replace(pages=KVPages(self.window.keys, self.window.values))
+        if not plan.reads_shards:
+            return decode_attention(query, [window], self._softmax_scale)[0]
+        pending = self._dispatch(query, plan)
+        return self._dispatcher.combine(pending, self.store, query, window, self._softmax_scale)
+
     def _dispatch(self, query: torch.Tensor, plan: StepPlan) -> PendingQuery:
         """Choose what is read, by what this rank knows alone, and send the queries."""
         directory = None
@@ -140,14 +141,10 @@ class LayerCache:
         return self._dispatcher.dispatch(query, plan, Reads(shards, pages))
 
     def _write_window(self, plan: StepPlan) -> None:
-        tokens = (t.flatten(1, 2).index_select(1, plan.write_source) for t in self._chunk)
-        self.window.write(plan.write_places, *tokens)
-
-    def _attend_window(self, query: torch.Tensor, plan: StepPlan) -> AttentionState:
-        pages = KVPages(self.window.keys, self.window.values)
-        lens = torch.full_like(plan.window_slots, pages.page_size, dtype=torch.int32)
-        window = PageList(pages, plan.window_slots, lens, plan.window_mask.unsqueeze(1))
-        return decode_attention(query, [window], self._softmax_scale)[0]
+        tokens = (t.flatten(1, 2) for t in self._chunk)
+        if not plan.is_decode:  # whose every row has one token, in order
+            tokens = (t.index_select(1, plan.write_source) for t in tokens)
+        self.window.write(plan.write_slots, plan.write_offsets, *tokens)
 
     def _attend_chunk(self, query: torch.Tensor) -> AttentionState:
         keys, values = self._chunk

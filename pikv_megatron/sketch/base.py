@@ -7,12 +7,20 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from pikv_megatron.ops.make_sketch import make_sketch
 from pikv_megatron.types import PageSketch
 
 
 class PageSketcher(ABC):
-    """Makes the sketch of a page when it is sealed, from its keys as computed."""
+    """A kind of sketch, made when a page is sealed, from its keys as computed."""
 
     @abstractmethod
-    def sketch(self, keys: torch.Tensor) -> PageSketch:
-        """Sketch pages [ng, c, S, hn]; every tensor of the result is [ng, c, ...]."""
+    def allocate(
+        self, num_groups: int, num_pages: int, page_size: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> PageSketch:
+        """Room for the sketches of `num_pages` pages; every tensor is [ng, num_pages, ...]."""
+
+    def write(self, keys: torch.Tensor, sketch: PageSketch, page: torch.Tensor) -> None:
+        """Sketch pages [ng, c, S, hn] into the places `page` [c]."""
+        make_sketch(keys, sketch, page)

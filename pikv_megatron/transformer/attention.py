@@ -67,8 +67,11 @@ class PiKVSelfAttention(SelfAttention):
                 query, key, value, attention_mask, attn_mask_type=self.attn_mask_type
             )
             return self.linear_proj(output)
-        output = torch.zeros_like(query)
-        output[:, real] = cache.attend(query[:, real], key[:, real], value[:, real], plan)
+        output = cache.attend(query[:, real], key[:, real], value[:, real], plan)
+        if plan.num_rows < query.shape[1]:
+            padded = torch.zeros_like(query)
+            padded[:, real] = output
+            output = padded
         return self.linear_proj(output.flatten(2))
 
     def _cache(self, context: PiKVInferenceContext, key: torch.Tensor):
@@ -98,9 +101,7 @@ class PiKVSelfAttention(SelfAttention):
                 tensor, table[: plan.seq_len], config=self.config, mscale=mscale,
                 cp_group=self.pg_collection.cp,
             )
-        positions = plan.positions.clamp(max=table.shape[0] - 1)  # of padding
-        freqs = torch.zeros(*tensor.shape[:2], *table.shape[2:], device=table.device)
-        freqs[:, : plan.num_rows] = table[positions, 0]
+        freqs = plan.rotary_rows(table, tensor.shape[1])
         return _apply_rotary_pos_emb_bshd(
             tensor, freqs, rotary_interleaved=self.config.rotary_interleaved, mscale=mscale
         )

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from pikv_megatron.cache.placement import Placement
-from pikv_megatron.cache.shard_store import ShardStore
+from pikv_megatron.cache.shard_store import OwnerReads, ShardStore
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.compression.none import NoCodec
 from pikv_megatron.ops.dense_attention import dense_attention
@@ -25,9 +25,8 @@ def new_store(placement, page_size, num_slots=1, has_replicas=False, retention=N
 
 def count_tokens(store: ShardStore, num_heads: int, visited=None, selected=None) -> torch.Tensor:
     """[num_heads]: equal logits make exp(lse) the number of tokens read."""
-    state = store.attend(
-        torch.zeros(1, 1, num_heads, 8), torch.tensor([0]), MAX_PAGES, visited, selected, 1.0
-    )
+    reads = OwnerReads(torch.tensor([0]), MAX_PAGES, (0,), visited, selected)
+    state = store.attend(torch.zeros(1, 1, num_heads, 8), reads, 1.0, [])
     return state.lse.exp()[0, 0]
 
 
@@ -61,7 +60,7 @@ def test_attention_counts_every_stored_token_once():
     mine = PLACEMENT.owner(tokens.shard) == 1
     torch.testing.assert_close(count_tokens(store, 4), torch.full((4,), float(mine.sum())))
     query = torch.randn(1, 1, 4, 8)
-    state = store.attend(query, torch.tensor([0]), MAX_PAGES, None, None, 0.3)
+    state = store.attend(query, OwnerReads(torch.tensor([0]), MAX_PAGES), 0.3, [])
     dense = dense_attention(query, tokens.keys[:, None, mine], tokens.values[:, None, mine],
                             torch.ones(1, int(mine.sum()), dtype=torch.bool), 0.3)
     torch.testing.assert_close(state.out, dense.out)

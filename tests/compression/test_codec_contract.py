@@ -22,7 +22,7 @@ def test_attention_is_that_over_the_restored_pages_and_the_buffers(name):
     query = torch.randn(1, 3, 4, width)
     sealed = PageList(pool, torch.tensor([[3, 5, 4]]), torch.tensor([[8, 0, 8]]).int())
     opened = PageList(buffers, torch.tensor([[0]]), torch.tensor([[5]]).int())
-    state = codec.attend(query, sealed, opened, 0.25)
+    state = codec.attend(query, sealed, [opened], 0.25)
 
     parts = [codec.restore(pool, torch.tensor([3, 4])), (buffers.keys, buffers.values)]
     dense = [torch.cat([t.flatten(1, 2) for t in kind], dim=1)[:, None] for kind in zip(*parts)]

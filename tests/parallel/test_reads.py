@@ -182,7 +182,11 @@ def check_directory(config, own, directory, pages) -> None:
         assert {(s.cached.slot, *place) for place in listed} == set(mine)
         for (_, rank, column), (shard, positions) in mine.items():
             assert directory.shard[row, rank, column] == shard
-            expected = SKETCHERS[config.sketch]().sketch(s.keys[:, positions].unsqueeze(1))
+            sketcher, page = SKETCHERS[config.sketch](), s.keys[:, positions].unsqueeze(1)
+            expected = sketcher.allocate(
+                NUM_GROUPS, 1, config.page_size, WIDTH, torch.float32, CPU
+            )
+            sketcher.write(page, expected, torch.tensor([0]))
             at = directory.table[row, rank, column]
             for kept, new in zip(directory.sketch, expected):
                 torch.testing.assert_close(kept[:, at], new[:, 0])
