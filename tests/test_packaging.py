@@ -13,11 +13,16 @@ import yaml
 
 from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.config import PiKVConfig
+from pikv_megatron.demo.settings import TrainingSettings
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pikv_megatron"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-LOADERS = {"pikv": PiKVConfig.from_file, "model": Architecture.from_yaml}
+LOADERS = {
+    "pikv": PiKVConfig.from_file,
+    "model": Architecture.from_yaml,
+    "demo": TrainingSettings.from_yaml,
+}
 
 # A room imports from the rows above its own only. Rooms that are not named may import all of them.
 LAYERS = [
@@ -88,8 +93,8 @@ def wheel_names(tmp_path_factory) -> set[str]:
     for name in ("pikv_megatron", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet",
-         "--wheel-dir", str(target), str(source)],
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps",
+         "--no-index", "--no-build-isolation", "--quiet", "--wheel-dir", str(target), str(source)],
         check=True, timeout=120,
     )
     (wheel,) = target.glob("*.whl")
