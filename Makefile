@@ -21,8 +21,9 @@ endif
 HAS_HEADERS := import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")
 
 RANKS := 2
-# The demo model continues a text that every machine has, longer than the stream window.
-SOURCE := import inspect, textwrap; print(inspect.getsource(textwrap)[:1500])
+# A pair, then a text that every machine has and that the demo model was not trained on, then the
+# question: the answer, 7, is the first byte of what comes out.
+PROMPT := import inspect, sched; print("@a7;" + inspect.getsource(sched)[:1500] + "@a")
 ON_CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 
 # DeepSpeed's operators are built when they are first used, not while it is installed. On a CPU one
@@ -61,8 +62,8 @@ test: venv
 demo: venv
 	$(if $(filter 0 1,$(NUM_GPUS)),$(ON_CPU)) $(VENV)/bin/deepspeed --num_accelerators $(RANKS) \
 		--log_level warning launch/generate.py --model models/demo \
-		--pikv configs/pikv/lossless.yaml --prompt "$$($(VENV)/bin/python -c '$(SOURCE)')" \
-		--max-new-tokens 256
+		--pikv configs/pikv/lossless.yaml --prompt "$$($(VENV)/bin/python -c '$(PROMPT)')" \
+		--temperature 0.6 --max-new-tokens 256
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis

@@ -46,7 +46,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         self, max_batch_size: int, max_sequence_length: int, config: PiKVConfig, ep_group=None
     ):
         super().__init__(max_batch_size, max_sequence_length)
-        self.config = config
+        self.pikv_config = config
         self.ep_group = ep_group
         self.num_ranks = 1 if ep_group is None else ep_group.size()
         self.rank = 0 if ep_group is None else ep_group.rank()
@@ -69,7 +69,7 @@ class PiKVInferenceContext(StaticInferenceContext):
     @property
     def keeps_experts(self) -> int:
         """Experts that are remembered for each token of a window; 0 without expert shards."""
-        return self.config.replicas if self.config.expert_shards > 1 else 0
+        return self.pikv_config.replicas if self.pikv_config.expert_shards > 1 else 0
 
     def start(self, home_rank: int) -> CachedSequence:
         """Begin a sequence on a home rank. Called on every rank, in the same order.
@@ -80,7 +80,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         first = home_rank * self.max_batch_size
         for slot in range(first, first + self.max_batch_size):
             if slot not in self._sequences:
-                self._sequences[slot] = CachedSequence(slot, flushed=self.config.num_sinks)
+                self._sequences[slot] = CachedSequence(slot, flushed=self.pikv_config.num_sinks)
                 return self._sequences[slot]
         raise ValueError(
             f"max_batch_size {self.max_batch_size}: no slot is free on home rank {home_rank}"
@@ -176,17 +176,17 @@ class PiKVInferenceContext(StaticInferenceContext):
     def _most_pages(self, num_tokens: int) -> int:
         """Most pages on one rank of a sequence with so many tokens in shards."""
         copies = max(1, self.keeps_experts)
-        return self.placement.most_pages(num_tokens, self.config.page_size, copies)
+        return self.placement.most_pages(num_tokens, self.pikv_config.page_size, copies)
 
     def _num_pages(self, length: int) -> int:
         """Pages on one rank for a sequence of `length` tokens that is spread evenly."""
-        in_shards = max(0, length - self.config.num_sinks - self.config.window)
-        per_page = self.config.page_size * self.placement.num_shards
+        in_shards = max(0, length - self.pikv_config.num_sinks - self.pikv_config.window)
+        per_page = self.pikv_config.page_size * self.placement.num_shards
         copies = max(1, self.keeps_experts)
         return -(-in_shards * copies // per_page) * self.placement.shards_per_rank
 
     def _new_layer(self, num_groups, head_dim, softmax_scale, dtype, device) -> LayerCache:
-        config, max_pages = self.config, self._most_pages(self.max_sequence_length)
+        config, max_pages = self.pikv_config, self._most_pages(self.max_sequence_length)
         window = StreamWindow(
             num_groups, self.max_batch_size, self.layout.size, head_dim, self.keeps_experts,
             dtype, device,
@@ -213,7 +213,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         if self.num_ranks == 1:
             return LocalDispatcher(self.placement)
         kind = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}
-        return kind[self.config.dispatcher](self.placement, self.ep_group)
+        return kind[self.pikv_config.dispatcher](self.placement, self.ep_group)
 
     def _plan_for_engine(self, layer_number: int, hidden_states: torch.Tensor) -> None:
         """Every row has `sequence_len_offset` cached tokens; ranks tell each other their rows."""
@@ -237,5 +237,5 @@ class PiKVInferenceContext(StaticInferenceContext):
             for slot in slots:
                 if slot in self._sequences:
                     self.release(self._sequences[slot])
-                self._sequences[slot] = CachedSequence(slot, flushed=self.config.num_sinks)
+                self._sequences[slot] = CachedSequence(slot, flushed=self.pikv_config.num_sinks)
         return [StepRow(self._sequences[slot], count) for slot in slots]
