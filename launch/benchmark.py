@@ -24,14 +24,10 @@ from pikv_megatron.benchmarks.report import report_json, report_table
 from pikv_megatron.inference.progress import progress
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# A rank of its own, for a start without the launcher; port 0 takes a free one.
-ONE_RANK = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def main() -> int:
     """Run on every rank; the first one prints what it measured."""
-    if "RANK" not in os.environ:
-        os.environ.update(ONE_RANK)
     try:
         options = parse_options(sys.argv[1:], CONFIGS)
         use_device()
@@ -51,7 +47,7 @@ def main() -> int:
 
 def run(options: BenchmarkOptions) -> list[Measurement]:
     """Measure at every context length."""
-    groups = init_process_groups(expert_parallel_size=int(os.environ["WORLD_SIZE"]))
+    groups = init_process_groups(expert_parallel_size=int(os.environ.get("WORLD_SIZE", "1")))
     models = build_models(options, groups)
     measurements = []
     for context_len in options.contexts:

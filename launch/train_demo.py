@@ -1,7 +1,6 @@
 """Train the demo model: python launch/train_demo.py --output models/demo"""
 
 import os
-import socket
 import sys
 import time
 import warnings
@@ -39,7 +38,6 @@ def main() -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return BAD_INPUT
     torch.set_num_threads(options.threads)
-    os.environ |= single_rank()
     with process_groups() as groups:
         record = run(options, groups)
     record.save(options.output)
@@ -67,15 +65,6 @@ def run(options: TrainOptions, groups: ProcessGroupCollection) -> TrainingRecord
         seconds=seconds, core_seconds=core_seconds, threads=options.threads,
         recall=recall, perplexity=perplexity, curve=curve,
     )
-
-
-def single_rank() -> dict[str, str]:
-    """What a launcher would tell a process that is alone."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return dict(zip(names, ("0", "0", "1", "127.0.0.1", str(port))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The command line of `launch/train_demo.py`, checked before anything is computed."""
 
-import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.config_writer import write_config
 from pikv_megatron.demo.settings import TrainingSettings
 from pikv_megatron.demo.tokenizer import VOCAB_SIZE
+from pikv_megatron.inference.arguments import ArgumentParser
 
 Settings = TypeVar("Settings", Architecture, TrainingSettings)
 
@@ -60,13 +60,8 @@ def parse_options(argv: Sequence[str], configs: Path) -> TrainOptions:
     return TrainOptions(args.output, architecture, settings, args.seed, args.threads)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
-def _parser(configs: Path) -> argparse.ArgumentParser:
-    parser = _Parser(description="Train the demo model on the CPU", allow_abbrev=False)
+def _parser(configs: Path) -> ArgumentParser:
+    parser = ArgumentParser("Train the demo model on the CPU")
     add = parser.add_argument
     add("--output", type=Path, required=True, help="directory to write, made if missing")
     add("--model", type=Path, default=configs / "model/demo.yaml", help="default: %(default)s")

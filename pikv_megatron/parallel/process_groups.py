@@ -5,6 +5,7 @@ group made by `deepspeed.utils.groups`, put into Megatron's state, so that exper
 traffic run on one communicator and DeepSpeed's communication logger counts the latter.
 """
 
+import os
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Iterator
@@ -20,6 +21,10 @@ from torch.distributed import distributed_c10d
 from pikv_megatron.transformer.cpu_fallback import apply_cpu_fallback
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
+# A process that has one of these was started by torchrun or deepspeed, MPI, or Slurm.
+LAUNCHER_VARIABLES = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"}
+# What a launcher would tell a process that is alone; port 0 takes a free one.
+ONE_RANK = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def init_process_groups(
@@ -28,6 +33,8 @@ def init_process_groups(
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
 ) -> ProcessGroupCollection:
     """Start torch.distributed through DeepSpeed and build one set of groups for both libraries.
+
+    A process that no launcher started is a single rank.
 
     Args:
         expert_parallel_size: ranks that share the experts and the KV cache of a sequence.
@@ -42,6 +49,8 @@ def init_process_groups(
     """
     apply_cpu_fallback()
     if not dist.is_initialized():
+        if not LAUNCHER_VARIABLES & os.environ.keys():
+            os.environ.update(ONE_RANK)
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
