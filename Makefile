@@ -21,9 +21,10 @@ endif
 HAS_HEADERS := import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")
 
 RANKS := 2
-# A pair, then a text that every machine has and that the demo model was not trained on, then the
-# question: the answer, 7, is the first byte of what comes out.
-PROMPT := import inspect, sched; print("@a7;" + inspect.getsource(sched)[:1500] + "@a")
+# A text that every machine has and that the demo model was not trained on, a pair in its midst, in a
+# page of the second rank, and the question: the answer, 7, is the first byte of what comes out.
+PROMPT := import inspect, sched; text = inspect.getsource(sched); \
+	print(text[:720] + "@a7;" + text[720:1500] + "@a")
 ON_CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 
 # DeepSpeed's operators are built when they are first used, not while it is installed. On a CPU one
