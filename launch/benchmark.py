@@ -4,10 +4,12 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from generate import IS_FIRST_RANK, refuse, use_device
+# What is not installed, and what will be renamed, would hide the table.
+warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 
 import torch
 from rich.console import Console
@@ -21,6 +23,7 @@ from pikv_megatron.benchmarks.measurement import (
 )
 from pikv_megatron.benchmarks.options import BenchmarkOptions, parse_options
 from pikv_megatron.benchmarks.report import report_json, report_table
+from pikv_megatron.inference.program import IS_FIRST_RANK, refuse, use_device
 from pikv_megatron.inference.progress import progress
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

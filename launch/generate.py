@@ -4,7 +4,6 @@ import io
 import json
 import os
 import sys
-import time
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 
 import deepspeed
-import torch
 from rich.console import Console
 
 from pikv_megatron import (
@@ -25,17 +23,13 @@ from pikv_megatron import (
 from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.inference.generation import GenerationOutput, StepOutput
 from pikv_megatron.inference.options import GenerateOptions, parse_options
+from pikv_megatron.inference.program import IS_FIRST_RANK, refuse, use_device
 from pikv_megatron.inference.progress import progress
 from pikv_megatron.inference.report import RankUsage, RunClock, gather_usage, report_table
 from pikv_megatron.inference.stopping import StopCriteria
 from pikv_megatron.inference.transcript import Transcript
 
 DEEPSPEED_CONFIG = Path(__file__).resolve().parents[1] / "configs/deepspeed/inference.json"
-IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
-BAD_INPUT = 2
-# The launcher ends all ranks with the first that exits. So the others leave it to the first one of
-# their machine to speak, and do so themselves only where it met no error.
-PATIENCE_SECONDS = 20
 
 
 def main() -> int:
@@ -51,24 +45,6 @@ def main() -> int:
         return refuse(error)
     generate(engine, options)
     return 0
-
-
-def refuse(error: ValueError) -> int:
-    """Say on one line what was wrong with the input."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(PATIENCE_SECONDS)
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return BAD_INPUT
-
-
-def use_device() -> None:
-    """This rank's GPU, or its share of the cores."""
-    deepspeed.utils.logger.setLevel("WARNING")  # its chatter would mix with the text
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    elif "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
 
 
 def load_engine(options: GenerateOptions) -> deepspeed.InferenceEngine:

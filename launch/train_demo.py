@@ -24,10 +24,10 @@ from pikv_megatron.demo.options import TrainOptions, parse_options
 from pikv_megatron.demo.publish import measure, save_directory
 from pikv_megatron.demo.record import TrainingRecord, plot_curve
 from pikv_megatron.demo.training import build_for_training, train
+from pikv_megatron.inference.program import refuse
 from pikv_megatron.inference.progress import progress
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-BAD_INPUT = 2
 
 
 def main() -> int:
@@ -35,8 +35,7 @@ def main() -> int:
     try:
         options = parse_options(sys.argv[1:], CONFIGS)
     except ValueError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return BAD_INPUT
+        return refuse(error)
     torch.set_num_threads(options.threads)
     with process_groups() as groups:
         record = run(options, groups)

@@ -14,6 +14,7 @@ from pikv_megatron.benchmarks.options import BenchmarkOptions
 
 FIGURES = ("mean_ms", "median_ms")
 
+
 def report_table(options: BenchmarkOptions, measurements: Sequence[Measurement]) -> Table:
     """Milliseconds a decode step and their ratios; one column for each context length."""
     clock = {"wall": "milliseconds", "cpu": "milliseconds of processor time"}[options.clock]

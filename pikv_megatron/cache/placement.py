@@ -37,7 +37,8 @@ class Placement(BaseModel):
         """Most pages of `page_size` that `num_tokens` neighbours, each stored `copies` times, can
         fill on one rank."""
         if self.expert_shards > 1:
-            return copies * num_tokens // page_size  # one rank's experts may have been chosen for all
+            # The experts of one rank may have been chosen for every token.
+            return copies * num_tokens // page_size
         period = self.token_shards * self.hash_block
         in_shard = -(-num_tokens // period) * self.hash_block
         return self.shards_per_rank * (min(num_tokens, in_shard) // page_size)

@@ -209,9 +209,10 @@ class StepPlan:
             window.add(index, row.sequence.slot, first, min(last, split))
             chunk.add(index, row.sequence.slot, max(first, split), last, row.past)
         places = self._places(window.slot.tensor(), window.position.tensor())
+        source = chunk.row.tensor() * self.seq_len + chunk.offset.tensor()
         return FlushPlan(
             window_places=places.to(self.device),
-            chunk_source=(chunk.row.tensor() * self.seq_len + chunk.offset.tensor()).to(self.device),
+            chunk_source=source.to(self.device),
             slot=torch.cat([window.slot.tensor(), chunk.slot.tensor()]).to(self.device),
             position=torch.cat([window.position.tensor(), chunk.position.tensor()]).to(self.device),
             count_by_rank=counts,

@@ -146,7 +146,9 @@ class PiKVForCausalLM(torch.nn.Module):
         sampling = sampling or SamplingParams()
         kept, self._kept = (self._kept, []) if resume else ([], [])
         if resume and len(kept) != len(prompts):
-            raise ValueError(f"resume: {len(kept)} sequences were kept, {len(prompts)} prompts came")
+            raise ValueError(
+                f"resume: {len(kept)} sequences were kept, {len(prompts)} prompts came"
+            )
         cached = [s.cached.length + len(s.pending) for s in kept] or [0] * len(prompts)
         check_prompts(prompts, max_new_tokens, self.vocab_size, cached, self.max_sequence_length)
         self._check_same_on_all_ranks(prompts, max_new_tokens, sampling)

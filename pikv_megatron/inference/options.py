@@ -100,7 +100,8 @@ def _parser(deepspeed_config: Path) -> ArgumentParser:
         "Generate text; run it with: deepspeed --num_accelerators N launch/generate.py"
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="Hugging Face directory: Mixtral, Qwen3-MoE, OLMoE")
+    add("--model", type=Path, required=True,
+        help="Hugging Face directory: Mixtral, Qwen3-MoE, OLMoE")
     add("--pikv", type=Path, help="YAML file of the cache; default: lossless")
     add("--prompt", action="append", default=[], help="text to continue; may be repeated")
     add("--prompt-file", type=Path, help="more texts, one a line (UTF-8)")
@@ -141,7 +142,8 @@ def _expert_parallel_size(args: argparse.Namespace, architecture: Architecture) 
         )
     if architecture.num_experts % size:
         raise ValueError(
-            f"--expert-parallel-size {size} must divide the model's {architecture.num_experts} experts"
+            f"--expert-parallel-size {size} must divide the model's "
+            f"{architecture.num_experts} experts"
         )
     if architecture.num_query_groups % tensor:
         raise ValueError(
@@ -158,7 +160,8 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
             lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompt-file {args.prompt_file}: {error}") from error
-        named += [(f"--prompt-file {args.prompt_file}, line {i + 1}", t) for i, t in enumerate(lines)]
+        name = f"--prompt-file {args.prompt_file}, line"
+        named += [(f"{name} {i + 1}", text) for i, text in enumerate(lines)]
     if not named:
         raise ValueError("there is nothing to continue: give --prompt or --prompt-file")
     for name, text in named:

@@ -117,7 +117,9 @@ def _penalise(
     if penalty == 1.0:
         return logits
     if previous is None:
-        raise ValueError(f"repetition_penalty {penalty} needs the tokens seen before: pass previous")
+        raise ValueError(
+            f"repetition_penalty {penalty} needs the tokens seen before: pass previous"
+        )
     penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(previous > 0, penalised, logits)
 

@@ -77,7 +77,7 @@ def init_process_groups(
 def deepspeed_expert_parallel_group(
     megatron_ep_group: dist.ProcessGroup, tensor_parallel_size: int = 1
 ) -> dist.ProcessGroup:
-    """DeepSpeed's expert-parallel group over the same ranks as Megatron's, made where it is missing.
+    """DeepSpeed's expert-parallel group over the ranks of Megatron's, made where it is missing.
 
     Raises:
         ValueError: DeepSpeed's group of that size has other ranks than Megatron's.

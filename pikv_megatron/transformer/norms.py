@@ -1,7 +1,7 @@
 """Apex's LayerNorm where it is NVIDIA's and fits the model, torch's norms everywhere else.
 
 Without TransformerEngine, Megatron-Core puts Apex's `FusedLayerNorm` into a spec as soon as any
-package named `apex` can be imported. It refuses RMSNorm, and it fails if the package is not NVIDIA's.
+package named `apex` can be imported. It refuses RMSNorm, and fails if the package is not NVIDIA's.
 """
 
 import torch

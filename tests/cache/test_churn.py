@@ -13,7 +13,9 @@ from pikv_megatron.cache.step_plan import StepRow
 class Churn(RuleBasedStateMachine):
     """Sequences start, grow, finish and are cancelled in any order; nothing is lost."""
 
-    @initialize(page_size=st.integers(1, 5), window=st.integers(0, 6), shards=st.sampled_from([1, 4]))
+    @initialize(
+        page_size=st.integers(1, 5), window=st.integers(0, 6), shards=st.sampled_from([1, 4])
+    )
     def start_context(self, page_size, window, shards):
         config = PiKVConfig(page_size=page_size, window=window, token_shards=shards, num_sinks=2,
                             flush_interval=2, sketch="bounding_box")

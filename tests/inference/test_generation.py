@@ -3,7 +3,6 @@
 import deepspeed
 import pytest
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from parity_models import VOCAB, build, plain_logits
 from ranks import run_ranks
 

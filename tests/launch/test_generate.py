@@ -1,6 +1,5 @@
 """launch/generate.py under the real deepspeed launcher, on two ranks."""
 
-import importlib.util
 import json
 import os
 import socket
@@ -13,6 +12,8 @@ import tokenizers
 import torch
 from tiny_directory import save_tiny_mixtral
 from transformers import MixtralForCausalLM
+
+from pikv_megatron.inference import program
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["def read(path):\n    return", "é"]
@@ -33,7 +34,7 @@ def free_port() -> int:
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
-    """`deepspeed --num_accelerators 2 launch/generate.py ...`, from a folder without the sources."""
+    """`deepspeed --num_accelerators 2 launch/generate.py ...`, away from the sources."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [
         sys.executable, str(launcher), "--num_accelerators", "2", "--log_level", "warning",
@@ -103,9 +104,6 @@ def test_without_the_launcher_it_says_how_to_start(model):
 
 
 def test_an_error_of_another_rank_alone_is_not_lost(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("generate_program", ROOT / "launch/generate.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
     slept = []
     monkeypatch.setattr(program.time, "sleep", slept.append)
     for local_rank, patience in (("0", []), ("1", [program.PATIENCE_SECONDS])):

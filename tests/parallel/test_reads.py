@@ -22,7 +22,9 @@ NUM_GROUPS, WIDTH, HEADS, SCALE = 2, 8, 4, 0.3
 CPU = torch.device("cpu")
 LAYOUTS = {
     "by position": dict(page_size=3, window=4, num_sinks=2, token_shards=4, sketch="mean_key"),
-    "single tokens": dict(page_size=1, window=0, hash_block=1, token_shards=8, sketch="bounding_box"),
+    "single tokens": dict(
+        page_size=1, window=0, hash_block=1, token_shards=8, sketch="bounding_box"
+    ),
     "by expert": dict(page_size=4, window=3, expert_shards=4, sketch="bounding_box"),
     "replicas": dict(page_size=2, window=5, expert_shards=8, replicas=2, sketch="mean_key"),
 }
@@ -56,7 +58,7 @@ class DrawnSelector(PageSelector):
 
 @dataclass
 class Sequence:
-    """A cached sequence and what is in it: keys and values [ng, length, hn], experts [length, 2]."""
+    """A cached sequence, its keys and values [ng, length, hn], its experts [length, 8]."""
 
     cached: object
     home: int
@@ -98,7 +100,8 @@ def tokens_on_rank(context, store, sequences) -> dict:
             group = s.cached.slot * placement.shards_per_rank + local
             length = int(store.buffers.lens(torch.tensor(group)))
             shard = local * placement.num_ranks + context.rank
-            buffers[s.cached.slot, shard] = store.buffers.tensors["position"][group, :length].tolist()
+            position = store.buffers.tensors["position"][group, :length]
+            buffers[s.cached.slot, shard] = position.tolist()
     return {"pages": pages, "buffers": buffers}
 
 
@@ -110,7 +113,10 @@ def everywhere(context, store, sequences) -> tuple[dict, dict]:
         dist.all_gather_object(found, mine, group=context.ep_group)
     else:
         found = [mine]
-    return tuple({k: v for part in found for k, v in part[kind].items()} for kind in ("pages", "buffers"))
+    return tuple(
+        {place: tokens for part in found for place, tokens in part[kind].items()}
+        for kind in ("pages", "buffers")
+    )
 
 
 def read_positions(context, s, row, router, selector, pages, buffers) -> list[int]:
@@ -124,7 +130,11 @@ def read_positions(context, s, row, router, selector, pages, buffers) -> list[in
     stored = [
         (shard, positions) for (slot, rank, column), (shard, positions) in pages.items()
         if slot == s.cached.slot and selector.pages[row, rank, column]
-    ] + [(shard, positions) for (slot, shard), positions in buffers.items() if slot == s.cached.slot]
+    ]
+    stored += [
+        (shard, positions) for (slot, shard), positions in buffers.items()
+        if slot == s.cached.slot
+    ]
     return [
         p for shard, positions in stored if visited[shard]
         for p in positions if counts_here(p, shard)

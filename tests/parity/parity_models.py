@@ -19,13 +19,16 @@ def config(pg, **changes) -> TransformerConfig:
         num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=32, ffn_hidden_size=32,
         normalization="RMSNorm", add_bias_linear=False, gated_linear_unit=True,
         activation_func=F.silu, moe_token_dispatcher_type="alltoall", hidden_dropout=0.0,
-        attention_dropout=0.0, attention_backend=AttnBackend.local, init_method_std=0.2, expert_model_parallel_size=pg.ep.size(),
-        tensor_model_parallel_size=pg.tp.size(), expert_tensor_parallel_size=pg.tp.size(),
+        attention_dropout=0.0, attention_backend=AttnBackend.local, init_method_std=0.2,
+        expert_model_parallel_size=pg.ep.size(), tensor_model_parallel_size=pg.tp.size(),
+        expert_tensor_parallel_size=pg.tp.size(),
     )
     return TransformerConfig(**{**values, **changes})
 
 
-def build(pg, pikv: PiKVConfig | None, spec=None, seed: int = 0, gpt: dict | None = None, **changes):
+def build(
+    pg, pikv: PiKVConfig | None, spec=None, seed: int = 0, gpt: dict | None = None, **changes
+):
     cfg = config(pg, **changes)
     if spec is None:
         spec = get_gpt_layer_local_spec(
