@@ -99,17 +99,18 @@ def _parser(configs: Path) -> ArgumentParser:
     add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the processor's time for "
         "this process, on a machine with other work; with one rank and --threads 1; default: wall")
     add("--output", type=Path, help="all figures, JSON")
-    add("--seed", type=_seed, default=0, help="of weights and tokens; default: 0")
+    add("--seed", type=seed_number, default=0, help="of weights and tokens; default: 0")
     return parser
 
 
-def _seed(text: str) -> int:
+def seed_number(text: str) -> int:
+    """The `type` of an option that seeds a generator."""
     if not 0 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"must be from 0 to 2^31 - 1, got {text}")
     return int(text)
 
 
-_seed.__name__ = "int"  # argparse names it in its own message
+seed_number.__name__ = "int"  # argparse names it in its own message
 
 
 def _read_architecture(path: Path) -> Architecture:

@@ -1,4 +1,4 @@
-"""Reads listed pages as float32 numbers, a block of columns at a time, on a CPU.
+"""Reads listed pages as numbers to multiply, a block of columns at a time, on a CPU.
 
 Legend: n sequences, ng KV heads, m pages listed for a sequence, c pages of a block, S tokens and
 R stored rows a page, t = c * S, r a stored width, G scales of a page.
@@ -79,7 +79,7 @@ def read_keys(page_list: PageList, block: PageBlock) -> torch.Tensor:
     pages = page_list.pages
     stored = _stored(pages.keys, page_list, block)
     if pages.key_scale is None:
-        return _as_float(stored).flatten(2, 3)
+        return _as_type(stored, torch.float32).flatten(2, 3)
     numbers = _codes(stored, pages.tokens_per_row)
     groups = numbers.unflatten(3, (pages.key_scale.shape[2], -1))
     for apply, factor in ((groups.mul_, pages.key_scale), (groups.add_, pages.key_zero)):
@@ -88,13 +88,18 @@ def read_keys(page_list: PageList, block: PageBlock) -> torch.Tensor:
     return numbers.flatten(2, 3)
 
 
-def read_values(page_list: PageList, block: PageBlock) -> torch.Tensor:
-    """[ng, n, t, r_v], float32; 0 where a token is hidden, since 0 times NaN would be NaN."""
+def read_values(page_list: PageList, block: PageBlock, dtype: torch.dtype) -> torch.Tensor:
+    """[ng, n, t, r_v]; 0 where a token is hidden, since 0 times NaN would be NaN.
+
+    Args:
+        dtype: plain pages of this type are not converted; all others become float32.
+    """
     pages = page_list.pages
     stored = _stored(pages.values, page_list, block)
     if pages.value_scale is None:
         is_pool = block.run is not None
-        numbers = _as_float(stored, copies=is_pool and block.hidden is not None)
+        dtype = dtype if stored.dtype == dtype else torch.float32
+        numbers = _as_type(stored, dtype, copies=is_pool and block.hidden is not None)
     else:
         numbers = _codes(stored, pages.tokens_per_row)
         groups = numbers.unflatten(4, (pages.value_scale.shape[3], -1))
@@ -157,16 +162,16 @@ def _listed(pool: torch.Tensor, block: PageBlock) -> torch.Tensor:
     return pool.index_select(1, block.pages.reshape(-1)).float().unflatten(1, block.pages.shape)
 
 
-def _as_float(stored: torch.Tensor, copies: bool = False) -> torch.Tensor:
-    if stored.dtype == torch.float32 and not copies:
+def _as_type(stored: torch.Tensor, dtype: torch.dtype, copies: bool = False) -> torch.Tensor:
+    if stored.dtype == dtype and not copies:
         return stored
-    return scratch("page numbers", stored.shape, torch.float32, stored.device).copy_(stored)
+    return scratch("page numbers", stored.shape, dtype, stored.device).copy_(stored)
 
 
 def _codes(stored: torch.Tensor, planes: int) -> torch.Tensor:
     """Scaled numbers [ng, n, c, R, r] as they are stored -> [ng, n, c, S, r], float32."""
     if planes == 1:
-        return _as_float(stored)
+        return _as_type(stored, torch.float32)
     shape = (*stored.shape[:3], planes, *stored.shape[3:])
     numbers = scratch("page numbers", shape, torch.float32, stored.device)
     bits = 8 // planes

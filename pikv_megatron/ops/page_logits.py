@@ -1,12 +1,13 @@
 """Page logits from each kind of sketch, in plain torch: one sequence, one block of pages.
 
 Legend: ng KV heads, g query heads a KV head, b pages, S tokens a page, P tokens a byte, R = S / P
-byte rows, w width, r directions. Logits are not scaled yet; bounds hold for the logits of exact
-keys up to float32's rounding.
+byte rows, w width, r directions. Logits are not scaled yet, and valid until the next block; bounds
+hold for the logits of exact keys up to float32's rounding.
 """
 
 import torch
 
+from pikv_megatron.ops.workspace import scratch
 from pikv_megatron.types import LowRankSketch
 
 # Of a channel's largest magnitude: the rounding of up to 256 channels' products in float32.
@@ -15,7 +16,7 @@ ROUNDING = 2.0**-16
 
 def mean_key_logits(query: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """[ng, g, w] queries, [ng, b, w] mean keys -> [ng, g, b]."""
-    return torch.bmm(query, mean.float().transpose(1, 2))
+    return _product(query, _as_float(mean))
 
 
 def box_logits(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -24,8 +25,8 @@ def box_logits(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> to
     A positive q_i takes the box's high end and a negative one its low end, so the maximum over
     corners is two matrix products (Quest, arXiv 2406.10774, takes it elementwise).
     """
-    above = torch.bmm(query.clamp(min=0), high.float().transpose(1, 2))
-    return above.baddbmm_(query.clamp(max=0), low.float().transpose(1, 2))
+    above = _product(query.clamp(min=0), _as_float(high))
+    return above.baddbmm_(query.clamp(max=0), _as_float(low).transpose(1, 2))
 
 
 def token_logits(query: torch.Tensor, block: LowRankSketch) -> torch.Tensor:
@@ -33,16 +34,18 @@ def token_logits(query: torch.Tensor, block: LowRankSketch) -> torch.Tensor:
 
     Zero points are one addition a page; they are `zero_logits`.
     """
-    rows = block.codes.transpose(1, 2).contiguous()  # [ng, R, b, r]
-    planes = block.page_size // rows.shape[1]
-    mask = 2 ** (8 // planes) - 1
-    scale = block.scale.float().unsqueeze(1)
-    tokens = torch.empty(rows.shape[0], planes, *rows.shape[1:], device=rows.device)
+    shape, device = block.codes.transpose(1, 2).shape, block.codes.device  # [ng, R, b, r]
+    rows = scratch("sketch rows", shape, torch.uint8, device).copy_(block.codes.transpose(1, 2))
+    planes = block.page_size // shape[1]
+    masked = scratch("sketch codes", shape, torch.uint8, device)
+    tokens = scratch("sketch numbers", (shape[0], planes, *shape[1:]), torch.float32, device)
     for plane in range(planes):
-        codes = (rows >> (8 // planes * plane)).bitwise_and_(mask)
-        torch.mul(codes.float(), scale, out=tokens[:, plane])
-    logits = torch.bmm(query, tokens.flatten(1, 3).transpose(1, 2))
-    return logits.unflatten(2, (block.page_size, -1))
+        # A code that is left where it lies is too large by a power of two, which the scale undoes.
+        shift = 8 // planes * plane
+        torch.bitwise_and(rows, (2 ** (8 // planes) - 1) << shift, out=masked)
+        scale = block.scale.float().mul_(2.0**-shift).unsqueeze(1)
+        tokens[:, plane].copy_(masked).mul_(scale)
+    return _product(query, tokens.flatten(1, 3)).unflatten(2, (block.page_size, -1))
 
 
 def zero_logits(query: torch.Tensor, block: LowRankSketch) -> torch.Tensor:
@@ -69,3 +72,18 @@ def low_rank_margin(
     # A query that the directions hold wholly needs no residual, be it infinite for unknown.
     known = torch.where(query_residual > 0, query_residual, 0.0).unsqueeze(2)
     return margin + torch.where(known > 0, known * block.residual.unsqueeze(1), 0.0)
+
+
+def _product(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[ng, g, w], [ng, rows, w] -> [ng, g, rows]; valid until the next call."""
+    shape = (*query.shape[:2], rows.shape[1])
+    return torch.bmm(
+        query, rows.transpose(1, 2), out=scratch("sketch logits", shape, query.dtype, query.device)
+    )
+
+
+def _as_float(numbers: torch.Tensor) -> torch.Tensor:
+    """float32; valid until the next call."""
+    if numbers.dtype == torch.float32:
+        return numbers
+    return scratch("sketch numbers", numbers.shape, torch.float32, numbers.device).copy_(numbers)

@@ -16,6 +16,7 @@ from pikv_megatron.ops.page_logits import (
     token_logits,
     zero_logits,
 )
+from pikv_megatron.ops.workspace import scratch
 from pikv_megatron.types import (
     BoundingBoxSketch,
     LowRankSketch,
@@ -24,10 +25,11 @@ from pikv_megatron.types import (
     PageSketch,
 )
 
-# Sketches are gathered and unpacked through a block of about a CPU's second-level cache.
-BLOCK_BYTES = 2 << 20
+# Sketches are gathered and unpacked through a reused block.
+BLOCK_BYTES = 4 << 20
 
 
+@torch.no_grad()
 def score_pages(
     query: torch.Tensor,
     sketch: PageSketch,
@@ -74,8 +76,10 @@ def score_pages(
         ))
     logit = _logits(query, sketch, table, lens, softmax_scale, statistic, query_residual, bound)
     is_listed = lens > 0
-    logit.masked_fill_(~is_listed.unsqueeze(1), -torch.inf)
-    score = logit.softmax(dim=2).mean(dim=1).masked_fill_(~is_listed, 0.0)
+    not_listed = ~is_listed
+    logit.masked_fill_(not_listed.unsqueeze(1), -torch.inf)
+    share = scratch("page shares", logit.shape, logit.dtype, logit.device)
+    score = torch.softmax(logit, dim=2, out=share).mean(dim=1).masked_fill_(not_listed, 0.0)
     return PageScores(logit, score, _choose(score, is_listed, k))
 
 
@@ -113,10 +117,11 @@ def _logits(
     if bound and query_residual is not None:
         residuals = (query_residual.float() * softmax_scale).unflatten(1, (num_groups, group))
     step = _block_columns(sketch)
+    table = torch.where(lens > 0, table, 0)
     for row in range(n):
         for first in range(0, num_columns, step):
             columns = slice(first, first + step)
-            pages = torch.where(lens[row, columns] > 0, table[row, columns], 0)
+            pages = _as_slice(table[row, columns])
             block = sketch._replace(**{name: _take(t, pages) for name, t in parts.items()})
             logit[row, :, :, columns] = _block_logits(
                 queries[row], None if residuals is None else residuals[row], block,
@@ -135,7 +140,7 @@ def _block_logits(query, residual, block, lens, statistic) -> torch.Tensor:
         logit = box_logits(query, block.low, block.high)
     else:
         logit = mean_key_logits(query, block.mean)
-    return logit + lens.log() if statistic == "mass" else logit
+    return logit.add_(lens.log()) if statistic == "mass" else logit
 
 
 def _reduce_tokens(logits: torch.Tensor, lens: torch.Tensor, statistic: str) -> torch.Tensor:
@@ -154,13 +159,19 @@ def _block_columns(sketch: PageSketch) -> int:
     return max(16, BLOCK_BYTES // (sketch[0].shape[0] * rows * width * 4))
 
 
-def _take(field: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """field[:, pages], in place where the pages lie one behind the other."""
+def _as_slice(pages: torch.Tensor) -> torch.Tensor | slice:
+    """The slice that names the same pages, on a CPU, where they lie one behind the other."""
     if pages.is_cpu:
-        first = int(pages[0])
-        if torch.equal(pages, torch.arange(first, first + pages.numel())):
-            return field[:, first : first + pages.numel()]
-    return field.index_select(1, pages)
+        first, last = int(pages[0]), int(pages[-1])
+        if last - first == pages.numel() - 1:
+            if torch.equal(pages, torch.arange(first, last + 1)):
+                return slice(first, last + 1)
+    return pages
+
+
+def _take(field: torch.Tensor, pages: torch.Tensor | slice) -> torch.Tensor:
+    """field[:, pages], in place for a slice."""
+    return field[:, pages] if isinstance(pages, slice) else field.index_select(1, pages)
 
 
 def _choose(score: torch.Tensor, is_listed: torch.Tensor, k: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ import torch
 
 # A larger buffer is handed out, but not kept.
 KEPT_BYTES = 64 << 20
+# Views are kept too: making one takes as long as a small operation. A step needs a few shapes.
+MOST_VIEWS = 32
 
 _local = threading.local()
 
@@ -23,13 +25,25 @@ def scratch(
     Args:
         name: one of the few fixed names of its callers; each holds at most `KEPT_BYTES` a device.
     """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    buffers = _local.__dict__
-    buffer = buffers.get((name, device))
-    if buffer is None or buffer.numel() < num_bytes:
+    views = _local.__dict__.setdefault((name, device), {})
+    view = views.get((shape, dtype))
+    if view is None:
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            view = _new_view(views, math.prod(shape) * dtype.itemsize, device)
+            view = view.view(dtype).view(shape)
+        if view.untyped_storage().nbytes() <= KEPT_BYTES:
+            views[shape, dtype] = view
+    return view
+
+
+def _new_view(views: dict, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes of the buffer that `views` are of, or of a new one where that is too small."""
+    storage = next(iter(views.values())).untyped_storage() if views else None
+    if storage is None or storage.nbytes() < num_bytes:
         if num_bytes <= KEPT_BYTES:
-            buffers[name, device] = buffer
-    return buffer[:num_bytes].view(dtype).view(shape)
+            views.clear()
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    if len(views) >= MOST_VIEWS:
+        views.clear()
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (num_bytes,))
