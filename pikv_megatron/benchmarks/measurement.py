@@ -118,7 +118,7 @@ def measure(
         groups.ep.size(), groups.ep.rank(), options.seed,
     )
     clock = CLOCKS[options.clock]
-    race = Race(_contestants(options, models, workload), clock)
+    race = Race(_contestants(options, models, workload), clock, options.pikv.flush_interval)
     tokens = workload.tokens(num_steps_in_all(options), options.architecture.vocab_size)
     extra = options.extra_steps
     warm_up, timed, last = tokens.split([extra, options.steps, extra])

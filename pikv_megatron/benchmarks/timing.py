@@ -1,4 +1,4 @@
-"""Times contestants step by step in turns, so that a noisy machine disturbs all of them alike."""
+"""Times contestants in short turns, so that a noisy machine disturbs all of them alike."""
 
 from contextlib import contextmanager
 from typing import Callable, Iterator, Mapping
@@ -18,17 +18,22 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 class Race:
     """Runs every contestant over the same tokens.
 
+    A turn is several steps, as a server decodes: were it one step only, every step would find the
+    processor's caches full of the others' weights and code.
+
     Args:
         contestants: by name; the first one's logits are the reference.
         clock: seconds, `time.perf_counter` or `time.process_time`.
+        turn: steps that a contestant makes before the next one's turn.
 
     Attributes:
         differences: by name, of every step: how far the logits are from the reference's.
     """
 
-    def __init__(self, contestants: Mapping[str, Contestant], clock: Clock):
+    def __init__(self, contestants: Mapping[str, Contestant], clock: Clock, turn: int):
         self.contestants = contestants
         self._clock = clock
+        self._turn = turn
         self.differences: dict[str, list[float]] = {name: [] for name in contestants}
 
     @torch.no_grad()
@@ -37,20 +42,21 @@ class Race:
 
         Args:
             tokens: [steps, batch_size].
-            on_step: called after every step.
+            on_step: called for every step.
         """
         names = list(self.contestants)
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        for index, step_tokens in enumerate(tokens):
-            logits = {}
-            # Whoever comes first finds fewer weights in the processor's cache.
+        for index, turn_tokens in enumerate(tokens.split(self._turn)):
+            logits: dict[str, list[torch.Tensor]] = {name: [] for name in names}
             first = index % len(names)
             for name in names[first:] + names[:first]:
-                start = _read(self._clock, is_start=True)
-                logits[name] = self.contestants[name].step(step_tokens)
-                seconds[name].append(_read(self._clock) - start)
-            self._compare(logits)
-            on_step()
+                for step_tokens in turn_tokens:
+                    start = _read(self._clock, is_start=True)
+                    logits[name].append(self.contestants[name].step(step_tokens))
+                    seconds[name].append(_read(self._clock) - start)
+            for step_logits in zip(*logits.values()):
+                self._compare(dict(zip(names, step_logits)))
+                on_step()
         return seconds
 
     def check(self) -> dict[str, float]:

@@ -44,7 +44,14 @@ class WindowLayout:
     def size(self) -> int:
         return self.num_sinks + self.ring
 
+    def place_of(self, position: int) -> int:
+        """Where a window holds a position."""
+        if position < self.num_sinks:
+            return position
+        return self.num_sinks + (position - self.num_sinks) % self.ring
+
     def place(self, position: torch.Tensor) -> torch.Tensor:
+        """`place_of` for many."""
         ring = self.num_sinks + (position - self.num_sinks) % self.ring
         return torch.where(position < self.num_sinks, position, ring)
 
@@ -219,12 +226,28 @@ class StepPlan:
         )
 
     def _plan_window(self, past: torch.Tensor) -> None:
+        if self.is_decode:
+            self._write_one_each()
+        else:
+            self._write_what_stays()
+        flushed = self._tensor([row.sequence.flushed for row in self.rows])
+        self.window_mask = self._live(flushed, past + 1 if self.is_decode else past)
+
+    def _write_one_each(self) -> None:
+        """A decode step's tokens, one a row, all stay."""
+        places = [self.layout.place_of(row.past) for row in self.rows]
+        self.write_offsets = self._tensor(places)
+        self.write_slots = self.window_slots[:, 0]
+        self.write_places = self.write_slots * self.layout.size + self.write_offsets
+        self.write_source = torch.arange(self.num_rows, device=self.device)
+
+    def _write_what_stays(self) -> None:
         stays = _Tokens()
         for index, row in enumerate(self.rows):
             end = row.past + row.count
             slot, sinks = row.sequence.slot, self.layout.num_sinks
             stays.add(index, slot, row.past, min(end, sinks), row.past)
-            first = row.past if self.is_decode else max(row.past, self._flushed_after(row))
+            first = max(row.past, self._flushed_after(row))
             stays.add(index, slot, max(first, sinks), end, row.past)
         places = self._places(stays.slot.tensor(), stays.position.tensor())
         self.write_places = places.to(self.device)
@@ -233,9 +256,6 @@ class StepPlan:
         self.write_source = (stays.row.tensor() * self.seq_len + stays.offset.tensor()).to(
             self.device
         )
-        flushed = self._tensor([row.sequence.flushed for row in self.rows])
-        readable = past + self._tensor([row.count for row in self.rows]) if self.is_decode else past
-        self.window_mask = self._live(flushed, readable)
 
     def _live(self, flushed: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """[n, W]: places that hold tokens of [0, num_sinks) or [flushed, length)."""

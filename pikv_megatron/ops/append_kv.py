@@ -18,21 +18,19 @@ def append_kv(
 ) -> None:
     """Write token i to place offset[i] of page[i], in place.
 
-    The pool's last page is a null page, whose content nobody reads: the tokens whose page is
-    negative are lost there (or nowhere), so nothing is read back from the device.
+    The pool's last page is a null page, whose content nobody reads: the tokens whose page is -1
+    are lost there (or nowhere), so nothing is read back from the device.
 
     Args:
         keys: [ng, t, w_k], of any strides.
         values: [ng, t, w_v].
         pool_keys: [ng, p, S, w_k], any floating dtype: tokens are cast to it.
         pool_values: [ng, p, S, w_v].
-        page: [t], int64; negative loses the token. A (page, offset) is named once, or in the null
-            page.
+        page: [t], int64; -1 loses the token. A (page, offset) is named once, or in the null page.
         offset: [t], int64, in [0, S).
     """
     kernel = triton_op("append_kv", keys)
     if kernel is not None:
         return kernel(keys, values, pool_keys, pool_values, page, offset)
-    place = torch.where(page < 0, pool_keys.shape[1] - 1, page)
-    pool_keys[:, place, offset] = keys.to(pool_keys.dtype)
-    pool_values[:, place, offset] = values.to(pool_values.dtype)
+    pool_keys[:, page, offset] = keys.to(pool_keys.dtype)  # -1 counts from the end
+    pool_values[:, page, offset] = values.to(pool_values.dtype)

@@ -11,6 +11,7 @@ sequence, S tokens a page, r_k and r_v stored widths, T tokens of all lists.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from pikv_megatron.ops.backend import triton_op
 from pikv_megatron.ops.dense_attention import (
@@ -35,6 +36,8 @@ BLOCK_BYTES = 4 << 20
 LOGIT_BYTES = 32 << 20
 # Shorter products are not worth their call.
 MIN_BLOCK_TOKENS = 256
+
+Attended = tuple[AttentionState, list[torch.Tensor]]
 
 
 @torch.no_grad()
@@ -65,86 +68,139 @@ def decode_attention(
     if kernel is not None:
         state, masses = kernel(query, lists, softmax_scale, with_mass)
         return AttentionState(*state), masses
-    state = empty_state(query, lists[0].pages.values.shape[3])
-    masses = [
-        state.lse.new_zeros(*state.lse.shape, each.table.shape[1]) for each in lists
-    ] if with_mass else None
-    lists = [_trim(each) for each in lists]
-    num_tokens = sum(each.table.shape[1] * each.pages.page_size for each in lists)
-    if state.lse.numel() == 0 or num_tokens == 0:
-        return state, masses
-    rows, queries = _turns(query, lists, num_tokens)
-    if rows == query.shape[0] and queries == query.shape[1]:
-        _attend(query, lists, softmax_scale, state, masses)
-        return state, masses
-    for first in range(0, query.shape[0], rows):
-        for start in range(0, query.shape[1], queries):
-            part = slice(first, first + rows), slice(start, start + queries)
-            views = None if masses is None else [mass[part] for mass in masses]
-            _attend(
-                query[part], [_take(each, *part) for each in lists], softmax_scale,
-                AttentionState(state.out[part], state.lse[part]), views,
-            )
-    return state, masses
+    trimmed = [_trim(each) for each in lists]
+    num_tokens = sum(each.table.shape[1] * each.pages.page_size for each in trimmed)
+    n, sq = query.shape[:2]
+    if n * sq * num_tokens == 0:
+        state = empty_state(query, lists[0].pages.values.shape[3])
+        masses = [state.lse.new_zeros(*state.lse.shape, x.table.shape[1]) for x in lists]
+        return state, masses if with_mass else None
+    rows, queries = _turns(query, trimmed, num_tokens)
+    if rows == n and queries == sq:
+        state, masses = _attend(query, trimmed, softmax_scale, with_mass)
+    else:
+        turns = [
+            _join([
+                _attend(query[own, part], [_take(x, own, part) for x in trimmed], softmax_scale,
+                        with_mass)
+                for part in _slices(sq, queries)
+            ], dim=1)
+            for own in _slices(n, rows)
+        ]
+        state, masses = _join(turns, dim=0)
+    if not with_mass:
+        return state, None
+    return state, [
+        F.pad(mass, (0, x.table.shape[1] - mass.shape[3])) for mass, x in zip(masses, lists)
+    ]
 
 
 def _attend(
-    query: torch.Tensor, lists: list[PageList], softmax_scale: float, state: AttentionState,
-    masses: list[torch.Tensor] | None,
-) -> None:
-    """Write one turn's attention to `state` and its masses to `masses`."""
+    query: torch.Tensor, lists: list[PageList], softmax_scale: float, with_mass: bool
+) -> Attended:
+    """One turn's attention and its masses."""
     n, sq = query.shape[:2]
-    num_groups = lists[0].pages.keys.shape[0]
-    rows = group_heads(query.float() * softmax_scale, num_groups)
+    num_groups, width = lists[0].pages.keys.shape[0], lists[0].pages.values.shape[3]
+    rows = group_heads(query.float() * softmax_scale, num_groups).flatten(0, 1)
     sizes = [each.table.shape[1] * each.pages.page_size for each in lists]
-    logits = scratch("logits", (*rows.shape[:3], sum(sizes)), torch.float32, query.device)
-    parts = logits.split(sizes, dim=3)
+    shape = *rows.shape[:2], sum(sizes)
+    logits = scratch("logits", shape, torch.float32, query.device)
+    weights = scratch("weights", shape, torch.float32, query.device)
     blocks = [page_blocks(each, _block_tokens(each, n)) for each in lists]
-    for each, part, own in zip(lists, parts, blocks):
+    for each, part, own in zip(lists, logits.split(sizes, dim=2), blocks):
         for block in own:
-            _write_logits(rows, each, block, part[..., _tokens(each, block)])
+            _write_logits(rows, each, block, _columns(part, each, block))
         if each.logit_bias is not None:
-            part += group_heads(each.logit_bias.unsqueeze(3), num_groups)
+            part += group_heads(each.logit_bias.unsqueeze(3), num_groups).flatten(0, 1)
+    # Whoever reads a page as a whole reads a token.
+    is_any_empty = all(block.hidden is not None for own in blocks for block in own)
+    lse = _softmax(logits, weights, is_any_empty)
     dtype = _value_dtype(query)
-    top = logits.amax(dim=3, keepdim=True)
-    top.masked_fill_(top == -torch.inf, 0.0)
-    total = logits.sub_(top).exp_().sum(dim=3, keepdim=True)
-    out = rows.new_zeros(*rows.shape[:3], state.out.shape[3])
+    out = rows.new_zeros(*rows.shape[:2], width)
+    parts = weights.split(sizes, dim=2)
     for each, part, own in zip(lists, parts, blocks):
         for block in own:
-            weights = part[..., _tokens(each, block)]
-            _multiply(weights, read_values(each, block, dtype), out, adds=True)
-    # The largest logit alone adds 1 to the total: it is less only where there is no token.
-    out /= total.clamp(min=1.0)
-    state.out.copy_(ungroup_heads(out, sq))
-    state.lse.copy_(ungroup_heads(top + total.log(), sq).squeeze(3))
-    for index, mass in enumerate(masses or ()):
-        m = lists[index].table.shape[1]
-        if m:
-            shares = parts[index].unflatten(3, (m, -1)).sum(dim=4) / total.clamp(min=1.0)
-            mass[..., :m] = ungroup_heads(shares, sq)
+            values = read_values(each, block, dtype)
+            _multiply(_columns(part, each, block), values, out, adds=True)
+
+    def by_query(x: torch.Tensor) -> torch.Tensor:
+        return ungroup_heads(x.unflatten(0, (num_groups, n)), sq)
+
+    state = AttentionState(by_query(out).to(query.dtype), by_query(lse).squeeze(3))
+    if not with_mass:
+        return state, []
+    by_page = [part.unflatten(2, (-1, x.pages.page_size)) for part, x in zip(parts, lists)]
+    return state, [by_query(part.sum(dim=3)) for part in by_page]
+
+
+def _softmax(
+    logits: torch.Tensor, weights: torch.Tensor, is_any_empty: bool
+) -> torch.Tensor:
+    """Softmax over the last dimension to `weights`; the log-sum-exps [..., 1], which follow from
+    the largest logit and the largest weight.
+
+    Args:
+        is_any_empty: some row may have no token; its weights become 0.
+    """
+    top = logits.amax(dim=2, keepdim=True)
+    torch.softmax(logits, 2, out=weights)
+    if is_any_empty:
+        is_empty = top == -torch.inf
+        weights.masked_fill_(is_empty, 0.0)
+        return top - weights.amax(dim=2, keepdim=True).log().masked_fill_(is_empty, 0.0)
+    return top - weights.amax(dim=2, keepdim=True).log()
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(first, first + step) for first in range(0, length, step)]
+
+
+def _join(turns: list[Attended], dim: int) -> Attended:
+    """Turns side by side along sequences (0) or queries (1)."""
+    states, masses = zip(*turns)
+    joined = AttentionState(*(torch.cat(part, dim=dim) for part in zip(*states)))
+    return joined, [torch.cat(part, dim=dim) for part in zip(*masses)]
 
 
 def _write_logits(
     rows: torch.Tensor, page_list: PageList, block: PageBlock, out: torch.Tensor
 ) -> None:
-    """Logits of a block to out [ng, n, sq * g, t], -inf for hidden tokens, biases not included."""
-    _multiply(rows, read_keys(page_list, block).transpose(2, 3), out)
+    """Logits of a block to out [ng * n, sq * g, t], -inf for hidden tokens, without biases."""
+    _multiply(rows, read_keys(page_list, block), out)
+    num_groups = page_list.pages.keys.shape[0]
     multiplicity = page_list.pages.log_multiplicity
     if multiplicity is not None:
         by_token = multiplicity[block.pages].repeat_interleave(page_list.pages.page_size, dim=1)
-        out += by_token.unsqueeze(1)
+        out += by_token.repeat(num_groups, 1).unsqueeze(1)
     if block.hidden is not None:
-        out.masked_fill_(block.hidden.unsqueeze(1), -torch.inf)
+        hidden = block.hidden.unsqueeze(1)
+        out.masked_fill_(hidden.repeat(num_groups, 1, 1) if len(hidden) > 1 else hidden, -torch.inf)
 
 
-def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, adds: bool = False) -> None:
-    """Matrix products over the first two dimensions, in b's type, into or onto `out`, float32."""
-    if a.dtype != b.dtype:
-        a = scratch("narrow weights", a.shape, b.dtype, a.device).copy_(a)
-    if b.shape[1] == 1 or b.stride(0) == b.shape[1] * b.stride(1):
-        return _multiply_flat(a.flatten(0, 1), b.flatten(0, 1), out.flatten(0, 1), adds)
-    for left, right, product in zip(a, b, out):
+def _columns(part: torch.Tensor, page_list: PageList, block: PageBlock) -> torch.Tensor:
+    """The tokens of a block, of a tensor over all tokens of its list."""
+    columns, page_size = block.columns, page_list.pages.page_size
+    if columns.start == 0 and columns.stop * page_size == part.shape[2]:
+        return part
+    return part[..., columns.start * page_size : columns.stop * page_size]
+
+
+def _multiply(
+    a: torch.Tensor, operands: list[torch.Tensor], out: torch.Tensor, adds: bool = False
+) -> None:
+    """Matrix products in the operands' type, into or onto `out`, float32.
+
+    Args:
+        a: [ng * n, rows, x].
+        operands: one [ng * n, x, y], or one [n, x, y] for each KV head.
+        out: [ng * n, rows, y].
+    """
+    if a.dtype != operands[0].dtype:
+        a = scratch("narrow weights", a.shape, operands[0].dtype, a.device).copy_(a)
+    if len(operands) == 1:
+        return _multiply_flat(a, operands[0], out, adds)
+    count = len(operands)
+    for left, right, product in zip(a.chunk(count), operands, out.chunk(count)):
         _multiply_flat(left, right, product, adds)
 
 
@@ -165,11 +221,6 @@ def _value_dtype(query: torch.Tensor) -> torch.dtype:
     """
     is_native = query.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if is_native else torch.float32
-
-
-def _tokens(page_list: PageList, block: PageBlock) -> slice:
-    page_size = page_list.pages.page_size
-    return slice(block.columns.start * page_size, block.columns.stop * page_size)
 
 
 def _token_bytes(page_list: PageList) -> int:
@@ -199,10 +250,11 @@ def _trim(page_list: PageList) -> PageList:
     if m == page_list.table.shape[1]:
         return page_list
     mask = page_list.token_mask
-    return page_list._replace(
-        table=page_list.table[:, :m], lens=page_list.lens[:, :m],
-        token_mask=None if mask is None else mask[:, :m],
+    table, lens, mask = noted(
+        page_list, "trimmed",
+        lambda: [None if x is None else x[:, :m] for x in (page_list.table, page_list.lens, mask)],
     )
+    return page_list._replace(table=table, lens=lens, token_mask=mask)
 
 
 def _take(page_list: PageList, rows: slice, queries: slice) -> PageList:

@@ -74,27 +74,44 @@ def _find_blocks(page_list: PageList, block_tokens: int, is_plain: bool) -> Iter
         yield PageBlock(columns, table[:, columns], run, hidden)
 
 
-def read_keys(page_list: PageList, block: PageBlock) -> torch.Tensor:
-    """[ng, n, t, r_k], float32; anything where a token is hidden."""
+def read_keys(page_list: PageList, block: PageBlock) -> list[torch.Tensor]:
+    """Keys [r_k, t], float32, as the operands of a product: see `_operands`.
+
+    What is hidden may hold anything.
+    """
     pages = page_list.pages
+    if block.run is not None and pages.keys.dtype == torch.float32:
+        key = "keys", block.columns.start, pages.keys.data_ptr()
+        return noted(
+            page_list, key, lambda: _operands(_stored(pages.keys, page_list, block), True)
+        )
     stored = _stored(pages.keys, page_list, block)
     if pages.key_scale is None:
-        return _as_type(stored, torch.float32).flatten(2, 3)
+        return _operands(_as_type(stored, torch.float32), True)
     numbers = _codes(stored, pages.tokens_per_row)
     groups = numbers.unflatten(3, (pages.key_scale.shape[2], -1))
     for apply, factor in ((groups.mul_, pages.key_scale), (groups.add_, pages.key_zero)):
         if factor is not None:
             apply(_listed(factor, block).unsqueeze(4))
-    return numbers.flatten(2, 3)
+    return _operands(numbers, True)
 
 
-def read_values(page_list: PageList, block: PageBlock, dtype: torch.dtype) -> torch.Tensor:
-    """[ng, n, t, r_v]; 0 where a token is hidden, since 0 times NaN would be NaN.
+def read_values(
+    page_list: PageList, block: PageBlock, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Values [t, r_v] as the operands of a product: see `_operands`.
+
+    What is hidden becomes 0, since 0 times NaN would be NaN.
 
     Args:
         dtype: plain pages of this type are not converted; all others become float32.
     """
     pages = page_list.pages
+    if block.run is not None and block.hidden is None and pages.values.dtype == dtype:
+        key = "values", block.columns.start, pages.values.data_ptr()
+        return noted(
+            page_list, key, lambda: _operands(_stored(pages.values, page_list, block), False)
+        )
     stored = _stored(pages.values, page_list, block)
     if pages.value_scale is None:
         is_pool = block.run is not None
@@ -106,10 +123,20 @@ def read_values(page_list: PageList, block: PageBlock, dtype: torch.dtype) -> to
         for apply, factor in ((groups.mul_, pages.value_scale), (groups.add_, pages.value_zero)):
             if factor is not None:
                 apply(_listed(factor, block).unsqueeze(5))
-    numbers = numbers.flatten(2, 3)
     if block.hidden is not None:
-        numbers.masked_fill_(block.hidden.unsqueeze(-1), 0.0)
-    return numbers
+        numbers.flatten(2, 3).masked_fill_(block.hidden.unsqueeze(-1), 0.0)
+    return _operands(numbers, False)
+
+
+def _operands(numbers: torch.Tensor, transposes: bool) -> list[torch.Tensor]:
+    """[ng, n, c, S, r] as one operand [ng * n, t, r], or one [n, t, r] for each head of a pool
+    whose heads lie apart; transposed where asked."""
+    heads = numbers.flatten(2, 3)
+    if heads.shape[1] == 1 or heads.stride(0) == heads.shape[1] * heads.stride(1):
+        parts = [heads.flatten(0, 1)]
+    else:
+        parts = list(heads.unbind(0))
+    return [part.transpose(1, 2) for part in parts] if transposes else parts
 
 
 def _first_of_run(pages: torch.Tensor) -> int | None:
