@@ -47,17 +47,6 @@ class Architecture(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @classmethod
-    def from_huggingface(cls, directory: str | Path) -> "Architecture":
-        """Read `config.json` of a Mixtral, Qwen3-MoE or OLMoE directory.
-
-        Raises:
-            ValueError: the architecture, or a setting of it, is not supported.
-        """
-        from pikv_megatron.checkpoint.huggingface_config import read_architecture
-
-        return read_architecture(Path(directory))
-
-    @classmethod
     def from_yaml(cls, path: str | Path) -> "Architecture":
         """Read a description without weights, such as `configs/model/demo.yaml`."""
         fields = yaml.safe_load(Path(path).read_text())

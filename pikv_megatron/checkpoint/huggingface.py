@@ -7,7 +7,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.model_builder import SpecTransform, build_model, identity
 from pikv_megatron.checkpoint.name_table import Slot, global_name, name_table
 from pikv_megatron.checkpoint.tensor_reader import TensorReader
@@ -38,7 +38,7 @@ def load_huggingface(
     Raises:
         ValueError: an unsupported architecture, or a missing, cut or misshapen tensor.
     """
-    architecture = Architecture.from_huggingface(directory)
+    architecture = read_architecture(directory)
     table, reader = name_table(architecture), TensorReader(directory)
     ignored = RECOMPUTED + (("lm_head.weight",) if architecture.tie_embeddings else ())
     reader.check([source for slot in table.values() for source in slot.sources], ignored)

@@ -16,13 +16,13 @@ DEFAULT_ROTARY_BASE = {"mixtral": 1e6, "qwen3_moe": 1e4, "olmoe": 1e4}
 QK_LAYERNORM = {"mixtral": "none", "qwen3_moe": "head", "olmoe": "projection"}
 
 
-def read_architecture(directory: Path) -> Architecture:
-    """Read `config.json` under `directory`.
+def read_architecture(directory: str | Path) -> Architecture:
+    """Read `config.json` of a Mixtral, Qwen3-MoE or OLMoE directory.
 
     Raises:
         ValueError: the file is missing or broken, or asks for something that is not supported.
     """
-    path = directory / "config.json"
+    path = Path(directory) / "config.json"
     config = read_json(path)
     try:
         return _architecture(config)

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive, writable
@@ -125,7 +126,7 @@ def _parser(deepspeed_config: Path) -> ArgumentParser:
 def _read_model(directory: Path) -> tuple[Architecture, Tokenizer]:
     if not directory.is_dir():
         raise ValueError(f"--model {directory}: there is no such directory")
-    architecture = Architecture.from_huggingface(directory)
+    architecture = read_architecture(directory)
     tokenizer = Tokenizer.from_directory(directory)
     if not any(directory.glob("*.safetensors")):
         raise ValueError(f"--model {directory}: there is no *.safetensors file in it")

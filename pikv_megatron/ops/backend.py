@@ -12,7 +12,7 @@ INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_op(name: str, tensor: torch.Tensor) -> Callable | None:
-    """`pikv_kernels.<name>.<name>` on CUDA, or on a CPU under TRITON_INTERPRET=1; None: use torch."""
+    """`pikv_kernels.NAME.NAME` on CUDA, and on a CPU under TRITON_INTERPRET=1; None: use torch."""
     if not HAS_TRITON or not (tensor.is_cuda or INTERPRETS):
         return None
     return getattr(import_module(f"pikv_kernels.{name}"), name)

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.config_writer import write_config
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.rotary import RotaryScaling
 
 MODELS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
@@ -24,7 +25,7 @@ CONFIGS = {
 def read(tmp_path: Path, family: str, drop: tuple[str, ...] = (), **changes) -> Architecture:
     config = {k: v for k, v in CONFIGS[family].items() if k not in drop} | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return Architecture.from_huggingface(tmp_path)
+    return read_architecture(tmp_path)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
@@ -117,7 +118,7 @@ def test_broken_config_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match="config.json"):
-        Architecture.from_huggingface(tmp_path)
+        read_architecture(tmp_path)
 
 
 SCALINGS = st.none() | st.builds(
@@ -157,7 +158,7 @@ ARCHITECTURES = st.one_of(
 def test_written_configs_read_back_equal(tmp_path_factory, architecture):
     directory = tmp_path_factory.mktemp("config")
     write_config(architecture, directory, architecture.dtype)
-    assert Architecture.from_huggingface(directory) == architecture
+    assert read_architecture(directory) == architecture
 
 
 def test_written_configs_load_in_transformers(tmp_path):

@@ -10,8 +10,8 @@ from ranks import run_ranks
 from tiny_models import logits, mixtral, prompts
 
 from pikv_megatron import PiKVConfig
-from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.huggingface import load_huggingface
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.model_builder import build_model
 from pikv_megatron.parallel.process_groups import process_groups
 
@@ -36,7 +36,7 @@ def _build_beside_apex(directory: Path, expected: torch.Tensor) -> tuple[str, fl
 
     with process_groups() as groups:
         found = forward(load_huggingface(directory, groups), prompts())
-        architecture = Architecture.from_huggingface(directory)
+        architecture = read_architecture(directory)
         architecture = architecture.model_copy(update={"normalization": "LayerNorm"})
         layer_norm = build_model(architecture, groups).decoder.final_layernorm
         difference = (found - expected).abs().max().item()

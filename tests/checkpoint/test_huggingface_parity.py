@@ -12,9 +12,9 @@ from ranks import run_ranks
 from tiny_models import VOCAB_SIZE, logits, prompts, save_all
 from transformers import AutoModelForCausalLM
 
-from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.export import save_huggingface
 from pikv_megatron.checkpoint.huggingface import load_huggingface
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.model_builder import build_model
 from pikv_megatron.checkpoint.tensor_reader import TensorReader
 from pikv_megatron.parallel.process_groups import destroy_process_groups
@@ -69,8 +69,8 @@ def test_exports_load_in_transformers(report):
 def test_exports_keep_the_architecture(report):
     root, expected, _ = report
     for name in expected:
-        exported = Architecture.from_huggingface(root / f"{name}_exported")
-        assert exported == Architecture.from_huggingface(root / name)
+        exported = read_architecture(root / f"{name}_exported")
+        assert exported == read_architecture(root / name)
 
 
 def test_sizes_that_do_not_fit_are_refused(report):
@@ -89,7 +89,7 @@ def _every_layout(root: Path, expected: dict[str, torch.Tensor]) -> dict:
                 found = forward(model, prompts())[..., :VOCAB_SIZE]
                 result["difference"][sizes, name] = (found - expected[name]).abs().max().item()
                 if sizes == (1, 1) and dist.get_rank() == 0:
-                    architecture = Architecture.from_huggingface(root / name)
+                    architecture = read_architecture(root / name)
                     save_huggingface(model, architecture, root / f"{name}_exported", torch.float32)
             result |= CHECKS.get(sizes, lambda *_: {})(root / "mixtral", groups)
     destroy_process_groups()
@@ -119,7 +119,7 @@ def _check_options(directory: Path, groups) -> dict:
 
 def _check_export(directory: Path, groups) -> dict:
     model = load_huggingface(directory, groups)
-    architecture = Architecture.from_huggingface(directory)
+    architecture = read_architecture(directory)
     return {"export_error": error_of(save_huggingface, model, architecture, directory / "out")}
 
 
@@ -133,12 +133,12 @@ def _check_experts(directory: Path, groups) -> dict:
     with mock.patch.object(TensorReader, "read", recording_read):
         load_huggingface(directory, groups)
     experts = {int(e) for name in names for e in re.findall(r"experts\.(\d+)\.", name)}
-    architecture = Architecture.from_huggingface(directory).model_copy(update={"num_experts": 6})
+    architecture = read_architecture(directory).model_copy(update={"num_experts": 6})
     return {"experts_read": experts, "experts_error": error_of(build_model, architecture, groups)}
 
 
 def _check_groups(directory: Path, groups) -> dict:
-    architecture = Architecture.from_huggingface(directory)
+    architecture = read_architecture(directory)
     architecture = architecture.model_copy(update={"num_query_groups": 1})
     return {"groups_error": error_of(build_model, architecture, groups)}
 

@@ -9,8 +9,8 @@ from megatron_ranks import error_of, forward, layout
 from ranks import run_ranks
 from tiny_models import VOCAB_SIZE, olmoe, prompts, qwen3_moe
 
-from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.huggingface import load_huggingface
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.megatron import load_megatron, save_megatron
 from pikv_megatron.checkpoint.model_builder import build_model
 from pikv_megatron.parallel.process_groups import destroy_process_groups
@@ -51,7 +51,7 @@ def test_errors_name_the_file_and_the_tensor(report):
 def _write_and_read(root: Path) -> dict:
     result, expected = {"difference": {}, "errors": {}}, {}
     for name in MODELS:
-        architecture = Architecture.from_huggingface(root / name)
+        architecture = read_architecture(root / name)
         for written, sizes in LAYOUTS.items():
             with layout(*sizes) as groups:
                 model = load_huggingface(root / name, groups)
@@ -72,7 +72,7 @@ def _write_and_read(root: Path) -> dict:
 
 
 def _errors(root: Path, groups) -> dict[str, str]:
-    architecture = Architecture.from_huggingface(root / "olmoe")
+    architecture = read_architecture(root / "olmoe")
     model = build_model(architecture, groups)
     errors = {
         "empty": error_of(load_megatron, model, root / "olmoe"),
@@ -88,7 +88,7 @@ def _errors(root: Path, groups) -> dict[str, str]:
         ("more layers", "olmoe", {"num_layers": 4}),
         ("fewer layers", "qwen3", {"num_layers": 2}),
     ):
-        wanted = Architecture.from_huggingface(root / ("qwen3" if written == "qwen3" else "olmoe"))
+        wanted = read_architecture(root / ("qwen3" if written == "qwen3" else "olmoe"))
         model = build_model(wanted.model_copy(update=changes), groups)
         errors[name] = error_of(load_megatron, model, root / f"{written}_ep1")
     return errors

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from tiny_models import mixtral, olmoe, qwen3_moe
 
 from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.name_table import global_name, name_table
 
 SIZES = dict(num_layers=2, hidden_size=16, num_experts=4, vocab_size=31, max_sequence_length=8)
@@ -54,7 +55,7 @@ def test_the_table_names_what_transformers_writes(tmp_path, build, original):
     build().save_pretrained(tmp_path, save_original_format=original)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    slots = name_table(Architecture.from_huggingface(tmp_path)).values()
+    slots = name_table(read_architecture(tmp_path)).values()
     named = {}
     for source in (source for slot in slots for source in slot.sources):
         usual = original or source.other_name is None

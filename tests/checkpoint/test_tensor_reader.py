@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import mixtral
 
-from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.huggingface import load_huggingface
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tensor_reader import TensorReader
 
 TENSOR = "model.layers.1.self_attn.k_proj.weight"
@@ -159,7 +159,7 @@ def test_directory_without_weights(single):
 def test_slices_equal_slices_of_the_whole(saved):
     from pikv_megatron.checkpoint.name_table import name_table
 
-    architecture = Architecture.from_huggingface(saved / "sharded")
+    architecture = read_architecture(saved / "sharded")
     whole = load_file(saved / "single" / "model.safetensors")
     reader = TensorReader(saved / "sharded")
     for slot in name_table(architecture).values():

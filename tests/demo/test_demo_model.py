@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, MixtralForCausalLM
 
 from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.huggingface import load_huggingface
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.demo.batches import text_bytes
 from pikv_megatron.demo.corpus import load_corpus
@@ -41,7 +42,7 @@ def test_it_is_small():
 
 
 def test_it_is_what_its_configuration_describes():
-    assert Architecture.from_huggingface(MODEL) == Architecture.from_yaml(
+    assert read_architecture(MODEL) == Architecture.from_yaml(
         ROOT / "configs/model/demo.yaml"
     )
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.demo import publish
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ def test_it_trains_saves_and_measures(program, one_thread, monkeypatch, tmp_path
     arguments += ["--scale", "0.001", "--seed", "3", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["train_demo.py", *arguments])
     assert program.main() == 0
-    assert Architecture.from_huggingface(output) == Architecture(**small)
+    assert read_architecture(output) == Architecture(**small)
     record = json.loads((output / "training.json").read_text())
     assert record["seed"] == 3 and record["curve"][-1]["stage"] == 4
     assert [result["length"] for result in record["recall"]] == [64]
