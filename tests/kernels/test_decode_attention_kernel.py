@@ -39,7 +39,7 @@ def check(attention, spec: CaseSpec, device: torch.device) -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(case_specs(max_tokens=150, max_heads=32))
+@given(case_specs(max_tokens=150))
 def test_every_payload_shape_and_mask(attention, device, spec):
     check(attention, spec, device)
 

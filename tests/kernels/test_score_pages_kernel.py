@@ -25,7 +25,7 @@ def check(score_pages, spec: ScoreSpec, device) -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(score_specs(max_columns=40, max_heads=32))
+@given(score_specs(max_columns=40))
 def test_every_sketch_and_statistic(score_pages, device, spec):
     check(score_pages, spec, device)
 
