@@ -1,13 +1,10 @@
 """A rank that raises, dies or falls silent ends the whole job, with a message and in time."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+from launcher import launch
 
 TIMEOUT_SECONDS = 8
 START_SECONDS = 90  # imports and one build on a busy machine
@@ -44,14 +41,7 @@ def test_the_job_ends_with_a_message(tmp_path, failure):
     statement, message = FAILURES[failure]
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("{failure}", statement))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [sys.executable, str(launcher), "--num_accelerators", "2", "--master_port",
-               str(free_port()), str(program)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path,
-        timeout=START_SECONDS + 3 * TIMEOUT_SECONDS,
-    )
+    run = launch(program, timeout=START_SECONDS + 3 * TIMEOUT_SECONDS)
     ended = time.time()
     assert run.returncode != 0 and "generated to the end" not in run.stdout
     assert message in run.stderr + run.stdout

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from launcher import launch
 from tiny_directory import save_tiny_mixtral
 from transformers import MixtralForCausalLM
 
@@ -27,31 +27,15 @@ def model(tmp_path_factory) -> Path:
     return directory
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def launch(*arguments: str) -> subprocess.CompletedProcess:
-    """`deepspeed --num_accelerators 2 launch/generate.py ...`, away from the sources."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [
-        sys.executable, str(launcher), "--num_accelerators", "2", "--log_level", "warning",
-        "--master_port", str(free_port()), str(ROOT / "launch/generate.py"), *arguments,
-    ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment, cwd="/"
-    )
+def generate(*arguments: str) -> subprocess.CompletedProcess:
+    return launch(ROOT / "launch/generate.py", *arguments, timeout=240)
 
 
 def test_greedy_tokens_are_those_of_transformers(model, tmp_path):
     output = tmp_path / "out.jsonl"
     config = tmp_path / "small_pages.yaml"  # so that tokens really leave for the other rank
     config.write_text("page_size: 2\nnum_sinks: 1\nwindow: 3\nflush_interval: 2\n")
-    run = launch(
+    run = generate(
         "--model", str(model), "--pikv", str(config), "--prompt", PROMPTS[0],
         "--prompt", PROMPTS[1], "--max-new-tokens", str(NEW_TOKENS), "--output", str(output),
     )
@@ -86,7 +70,7 @@ def reference_tokens(reference, model: Path, prompt: str) -> tuple[list[int], li
 
 
 def test_wrong_input_ends_with_one_line_and_code_2(model):
-    run = launch("--model", str(model), "--prompt", "a", "--top-p", "3")
+    run = generate("--model", str(model), "--prompt", "a", "--top-p", "3")
     assert run.returncode == 2
     lines = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "--top-p 3" in lines[0]

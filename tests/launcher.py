@@ -1,0 +1,22 @@
+"""Runs programs under the real deepspeed launcher, on two ranks without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ranks import free_port
+
+
+def launch(program: Path, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
+    """`deepspeed --num_accelerators 2 program ...`, away from the sources."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [
+        sys.executable, str(launcher), "--num_accelerators", "2", "--log_level", "warning",
+        "--master_port", str(free_port()), str(program), *arguments,
+    ]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, cwd="/"
+    )
