@@ -19,7 +19,6 @@ class Admission(NamedTuple):
         page_row: [c], row of each page.
         page_column: [c], place in the row's list of pages.
         is_page: [c], bool; False marks padding.
-        is_first: [c], bool, the page begins with what its group's buffer held.
     """
 
     offset: torch.Tensor
@@ -28,7 +27,6 @@ class Admission(NamedTuple):
     page_row: torch.Tensor
     page_column: torch.Tensor
     is_page: torch.Tensor
-    is_first: torch.Tensor
 
 
 class PageLedger:
@@ -101,7 +99,6 @@ class PageLedger:
             page_row=row,
             page_column=column,
             is_page=is_page,
-            is_first=number == first[page_group],
         )
 
     def _most_pages(self, last: torch.Tensor, num_tokens: int) -> int:
