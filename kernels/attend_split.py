@@ -9,6 +9,9 @@ import triton.language as tl
 
 from pikv_kernels.page_tiles import load_keys, load_rows, load_values
 
+# Columns that are looked at together for the last page of a sequence.
+SCAN: tl.constexpr = tl.constexpr(512)
+
 
 @triton.jit
 def attend_split(
@@ -72,7 +75,13 @@ def attend_split(
     total = tl.full([BLOCK_M], 0.0, tl.float32)
     acc = tl.full([BLOCK_M, BLOCK_V], 0.0, tl.float32)
     start = tl.program_id(1) * pages_per_split
-    stop = tl.minimum(start + pages_per_split, m)
+    limit = tl.minimum(start + pages_per_split, m)
+    # Padding behind the sequence's own last page is not gone through.
+    stop = start
+    for first in range(start, limit, SCAN):
+        column = first + tl.arange(0, SCAN)
+        length = tl.load(lens + sequence * m + column, mask=column < limit, other=0)
+        stop = tl.maximum(stop, tl.max(tl.where(length > 0, column + 1, 0), 0))
     for first in range(start, stop, TILE_PAGES):
         column = first + lane // LANES
         listed = sequence * m + column
@@ -141,6 +150,13 @@ def attend_split(
             tl.store(
                 page_lse + place[:, None] * m + page_column[None, :], page_log,
                 mask=is_row[:, None] & (page_column < stop)[None, :],
+            )
+    if page_lse is not None:
+        for first in range(stop, limit, TILE_PAGES):
+            page_column = first + tl.arange(0, TILE_PAGES)
+            tl.store(
+                page_lse + place[:, None] * m + page_column[None, :], -float("inf"),
+                mask=is_row[:, None] & (page_column < limit)[None, :],
             )
     # The largest logit alone adds 1 to the total: it is less only where there is no token.
     divisor = tl.maximum(total, 1.0)

@@ -81,14 +81,14 @@ def select_topk(score: torch.Tensor, lens: torch.Tensor, k: int) -> torch.Tensor
     Args:
         score: [n, m], float32, contiguous, not negative.
         lens: [n, m], int32.
-        k: at least 1.
+        k: at least 0.
 
     Returns:
         [n, k], int64, rising, the lower column first among equals; -1 behind them.
     """
     n, m = score.shape
     chosen = torch.full((n, k), -1, dtype=torch.int64, device=score.device)
-    if n and m:
+    if n and m and k:
         block = min(BLOCK, triton.next_power_of_2(m))
         _select[(n,)](
             score, score.stride(0), (lens, lens.stride()), chosen, chosen.stride(0), m, k,

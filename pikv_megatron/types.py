@@ -8,6 +8,7 @@ group.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -149,48 +150,74 @@ class PageScores(NamedTuple):
     chosen: Tensor
 
 
+class KVShape(NamedTuple):
+    """What one token's keys and values are in one layer of a rank.
+
+    Attributes:
+        num_groups: ng, KV heads.
+        key_width: of a head's key.
+        value_width: of a head's value.
+        dtype: as computed.
+        device: where they are computed.
+    """
+
+    num_groups: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token as computed."""
+        return self.num_groups * (self.key_width + self.value_width) * self.dtype.itemsize
+
+
 class Directory(NamedTuple):
     """What a home rank knows of its sequences' pages, wherever they lie.
 
     Column j of rank r is the page that r lists in column j for the same sequence.
 
     Attributes:
-        sketch: of every page, p of them.
-        table: [n, G, m], int64, where in `sketch` each page is found; any place for padding.
+        slots: [n], int64, the sequences' slots on this home rank.
+        table: [n, G, m], int64, where in the sketch each page is found; any place for padding.
         is_page: [n, G, m], bool, False marks padding.
-        shard: [n, G, m], int64, the shard of each page; -1 marks padding.
+        shard: [n, G, m], int64, the shard of each page; any for padding.
+        num_shards: N.
     """
 
-    sketch: PageSketch
+    slots: Tensor
     table: Tensor
     is_page: Tensor
     shard: Tensor
+    num_shards: int
 
 
 class Reads(NamedTuple):
     """What a step's queries read. Token buffers are read in every visited shard.
 
     Attributes:
-        shards: [n, num_shards], bool, the shards that each sequence visits; None: all of them.
-        pages: [n, G, m], bool, the pages that it reads of them, in the columns of `Directory`;
-            None: all of them.
+        shards: [n, N], bool, the shards that each sequence visits; None: all of them.
+        columns: [n, G, k], int64, the pages that it reads of each rank, by their columns in
+            `Directory`, -1 behind them; None: all pages.
     """
 
     shards: Tensor | None = None
-    pages: Tensor | None = None
+    columns: Tensor | None = None
 
 
 class PageStats(NamedTuple):
-    """The pages that an owner holds, one row a sequence slot.
+    """Pages that an owner holds of r sequences, in m columns.
 
     Attributes:
-        table: [slots, m], int64, numbers of the pages in the order in which they were sealed.
-        is_page: [slots, m], bool, False marks padding and pages that were dropped before.
-        position: [p, S], int32, positions of a page's tokens.
-        shard: [p], int32, the shard that a page belongs to.
+        is_page: [r, m], bool, False marks padding.
+        newest: [r, m], int64, position of a page's newest token.
+        mass: [r, m, ng], float32, share of the attention that the page had, summed over queries
+            and over the heads of a group; None where no method asks for it.
+        seen: [r, m], float32, queries that `mass` was summed over; None likewise.
     """
 
-    table: Tensor
     is_page: Tensor
-    position: Tensor
-    shard: Tensor
+    newest: Tensor
+    mass: Tensor | None = None
+    seen: Tensor | None = None

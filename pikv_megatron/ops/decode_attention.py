@@ -2,7 +2,8 @@
 
 The torch version is the decode path of a CPU. It takes the logits of all listed tokens first, then
 one softmax, then the values: on a CPU the logits of a decode step are small, and nothing has to be
-merged or rescaled. Pages pass through a reused block of a few megabytes.
+merged or rescaled. Pages pass through a reused block of a few megabytes. Sequences are padded to
+the longest one of their class: a batch of very different lengths has several.
 
 Legend: n sequences, sq query tokens, np query heads, ng KV heads, g = np / ng, m pages listed for a
 sequence, S tokens a page, r_k and r_v stored widths, T tokens of all lists.
@@ -19,14 +20,23 @@ from pikv_megatron.ops.dense_attention import (
     group_heads,
     ungroup_heads,
 )
+from pikv_megatron.ops.length_classes import (
+    Classes,
+    class_lists,
+    even_lists,
+    length_classes,
+)
+from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.ops.page_blocks import (
     PageBlock,
     noted,
-    num_columns,
     page_blocks,
     read_keys,
     read_values,
+    row_columns,
+    token_bytes,
 )
+from pikv_megatron.ops.products import multiply
 from pikv_megatron.ops.workspace import scratch
 from pikv_megatron.types import AttentionState, PageList
 
@@ -68,26 +78,18 @@ def decode_attention(
     if kernel is not None:
         state, masses = kernel(query, lists, softmax_scale, with_mass)
         return AttentionState(*state), masses
-    trimmed = [_trim(each) for each in lists]
-    num_tokens = sum(each.table.shape[1] * each.pages.page_size for each in trimmed)
-    n, sq = query.shape[:2]
-    if n * sq * num_tokens == 0:
-        state = empty_state(query, lists[0].pages.values.shape[3])
-        masses = [state.lse.new_zeros(*state.lse.shape, x.table.shape[1]) for x in lists]
-        return state, masses if with_mass else None
-    rows, queries = _turns(query, trimmed, num_tokens)
-    if rows == n and queries == sq:
-        state, masses = _attend(query, trimmed, softmax_scale, with_mass)
+    trimmed, classes = lists, None
+    if all(each.lens.is_cpu for each in lists):  # looking would make the host wait for a GPU
+        columns = tuple(noted(x, "row columns", lambda: row_columns(x)) for x in lists)
+        trimmed = [_trim(x, max(own, default=0)) for x, own in zip(lists, columns)]
+        classes = length_classes(trimmed, columns)
+    if classes is None:
+        state, masses = _attend_rows(query, trimmed, softmax_scale, with_mass)
     else:
-        turns = [
-            _join([
-                _attend(query[own, part], [_take(x, own, part) for x in trimmed], softmax_scale,
-                        with_mass)
-                for part in _slices(sq, queries)
-            ], dim=1)
-            for own in _slices(n, rows)
-        ]
-        state, masses = _join(turns, dim=0)
+        is_even = even_lists(trimmed, columns)
+        state, masses = _attend_ragged(
+            query, trimmed, classes, is_even, softmax_scale, with_mass
+        )
     if not with_mass:
         return state, None
     return state, [
@@ -95,8 +97,75 @@ def decode_attention(
     ]
 
 
+def _attend_ragged(
+    query: torch.Tensor, lists: Sequence[PageList], classes: Classes, is_even: Sequence[bool],
+    softmax_scale: float, with_mass: bool,
+) -> Attended:
+    """Lists that pad little are attended to at once, the others class by class, and merged."""
+    ragged, even = ([x for x, kind in zip(lists, is_even) if kind == want] for want in (False, True))
+    parts = [_attend_classes(query, ragged, classes, softmax_scale, with_mass)]
+    if even:
+        parts.append(_attend_rows(query, even, softmax_scale, with_mass))
+    states = [state for state, _ in parts]
+    whole = states[0] if not even else merge_states(*(torch.stack(x) for x in zip(*states)))
+    if not with_mass:
+        return whole, []
+    anchor = whole.lse.masked_fill(whole.lse == -torch.inf, 0.0)
+    shares = [
+        iter([mass * (state.lse - anchor).exp().unsqueeze(3) for mass in masses])
+        for state, masses in parts
+    ]
+    return whole, [next(shares[kind]) for kind in is_even]
+
+
+def _attend_classes(
+    query: torch.Tensor, lists: Sequence[PageList], classes: Classes, softmax_scale: float,
+    with_mass: bool,
+) -> Attended:
+    """Class by class; the results lie in the order of the sequences."""
+    shape, width = query.shape[:3], lists[0].pages.values.shape[3]
+    out, lse = query.new_empty(*shape, width), query.new_empty(shape, dtype=torch.float32)
+    masses = [lse.new_zeros(*shape, x.table.shape[1]) for x in lists] if with_mass else []
+    by_class = zip(*(class_lists(each, classes) for each in lists))
+    for numbers, own in zip(classes, by_class):
+        rows = torch.tensor(numbers)
+        own = [
+            part if x.logit_bias is None else part._replace(logit_bias=x.logit_bias[rows])
+            for part, x in zip(own, lists)
+        ]
+        state, parts = _attend_rows(query[rows], own, softmax_scale, with_mass)
+        out.index_copy_(0, rows, state.out)
+        lse.index_copy_(0, rows, state.lse)
+        for mass, part in zip(masses, parts):
+            mass[..., : part.shape[3]].index_copy_(0, rows, part)
+    return AttentionState(out, lse), masses
+
+
+def _attend_rows(
+    query: torch.Tensor, lists: Sequence[PageList], softmax_scale: float, with_mass: bool
+) -> Attended:
+    """All sequences side by side, padded to the longest, in turns where the logits are large."""
+    num_tokens = sum(each.table.shape[1] * each.pages.page_size for each in lists)
+    n, sq = query.shape[:2]
+    if n * sq * num_tokens == 0:
+        state = empty_state(query, lists[0].pages.values.shape[3])
+        return state, [state.lse.new_zeros(*state.lse.shape, x.table.shape[1]) for x in lists]
+    rows, queries = _turns(query, lists, num_tokens)
+    if rows == n and queries == sq:
+        return _attend(query, lists, softmax_scale, with_mass)
+    turns = [
+        _join([
+            _attend(query[own, part], [_take(x, own, part) for x in lists], softmax_scale,
+                    with_mass)
+            for part in _slices(sq, queries)
+        ], dim=1)
+        for own in _slices(n, rows)
+    ]
+    return _join(turns, dim=0)
+
+
 def _attend(
-    query: torch.Tensor, lists: list[PageList], softmax_scale: float, with_mass: bool
+    query: torch.Tensor, lists: Sequence[PageList], softmax_scale: float, with_mass: bool
 ) -> Attended:
     """One turn's attention and its masses."""
     n, sq = query.shape[:2]
@@ -121,7 +190,7 @@ def _attend(
     for each, part, own in zip(lists, parts, blocks):
         for block in own:
             values = read_values(each, block, dtype)
-            _multiply(_columns(part, each, block), values, out, adds=True)
+            multiply(_columns(part, each, block), values, out, adds=True)
 
     def by_query(x: torch.Tensor) -> torch.Tensor:
         return ungroup_heads(x.unflatten(0, (num_groups, n)), sq)
@@ -166,15 +235,15 @@ def _write_logits(
     rows: torch.Tensor, page_list: PageList, block: PageBlock, out: torch.Tensor
 ) -> None:
     """Logits of a block to out [ng * n, sq * g, t], -inf for hidden tokens, without biases."""
-    _multiply(rows, read_keys(page_list, block), out)
+    multiply(rows, read_keys(page_list, block), out)
     num_groups = page_list.pages.keys.shape[0]
     multiplicity = page_list.pages.log_multiplicity
     if multiplicity is not None:
         by_token = multiplicity[block.pages].repeat_interleave(page_list.pages.page_size, dim=1)
         out += by_token.repeat(num_groups, 1).unsqueeze(1)
     if block.hidden is not None:
-        hidden = block.hidden.unsqueeze(1)
-        out.masked_fill_(hidden.repeat(num_groups, 1, 1) if len(hidden) > 1 else hidden, -torch.inf)
+        by_group = out.unflatten(0, (num_groups, -1))
+        by_group.masked_fill_(block.hidden.unsqueeze(1), -torch.inf)
 
 
 def _columns(part: torch.Tensor, page_list: PageList, block: PageBlock) -> torch.Tensor:
@@ -183,34 +252,6 @@ def _columns(part: torch.Tensor, page_list: PageList, block: PageBlock) -> torch
     if columns.start == 0 and columns.stop * page_size == part.shape[2]:
         return part
     return part[..., columns.start * page_size : columns.stop * page_size]
-
-
-def _multiply(
-    a: torch.Tensor, operands: list[torch.Tensor], out: torch.Tensor, adds: bool = False
-) -> None:
-    """Matrix products in the operands' type, into or onto `out`, float32.
-
-    Args:
-        a: [ng * n, rows, x].
-        operands: one [ng * n, x, y], or one [n, x, y] for each KV head.
-        out: [ng * n, rows, y].
-    """
-    if a.dtype != operands[0].dtype:
-        a = scratch("narrow weights", a.shape, operands[0].dtype, a.device).copy_(a)
-    if len(operands) == 1:
-        return _multiply_flat(a, operands[0], out, adds)
-    count = len(operands)
-    for left, right, product in zip(a.chunk(count), operands, out.chunk(count)):
-        _multiply_flat(left, right, product, adds)
-
-
-def _multiply_flat(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, adds: bool) -> None:
-    if b.dtype == out.dtype and out.is_contiguous():
-        torch.baddbmm(out, a, b, beta=1 if adds else 0, out=out)
-        return
-    # Torch would take a product into strided memory matrix by matrix.
-    product = torch.bmm(a, b, out=scratch("product", out.shape, b.dtype, b.device))
-    out.add_(product) if adds else out.copy_(product)
 
 
 def _value_dtype(query: torch.Tensor) -> torch.dtype:
@@ -223,37 +264,28 @@ def _value_dtype(query: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if is_native else torch.float32
 
 
-def _token_bytes(page_list: PageList) -> int:
-    keys, values = page_list.pages.keys, page_list.pages.values
-    return 4 * keys.shape[0] * max(keys.shape[3], values.shape[3])
-
-
 def _block_tokens(page_list: PageList, n: int) -> int:
-    return BLOCK_BYTES // (n * _token_bytes(page_list))
+    return BLOCK_BYTES // (n * token_bytes(page_list))
 
 
-def _turns(query: torch.Tensor, lists: list[PageList], num_tokens: int) -> tuple[int, int]:
+def _turns(query: torch.Tensor, lists: Sequence[PageList], num_tokens: int) -> tuple[int, int]:
     """How many sequences and queries are attended at once."""
     n, sq, num_heads = query.shape[:3]
     shortest = min(MIN_BLOCK_TOKENS, num_tokens)
-    row_bytes = max(max(shortest, x.pages.page_size) * _token_bytes(x) for x in lists)
+    row_bytes = max(max(shortest, x.pages.page_size) * token_bytes(x) for x in lists)
     query_bytes = 4 * num_heads * num_tokens
     rows = min(BLOCK_BYTES // row_bytes, LOGIT_BYTES // (sq * query_bytes))
     return min(n, max(1, rows)), min(sq, max(1, LOGIT_BYTES // query_bytes))
 
 
-def _trim(page_list: PageList) -> PageList:
-    """Without the last columns if no sequence reads them; costs no synchronisation on a GPU."""
-    if not page_list.lens.is_cpu or page_list.lens.numel() == 0:
-        return page_list
-    m = noted(page_list, "num_columns", lambda: num_columns(page_list))
-    if m == page_list.table.shape[1]:
+def _trim(page_list: PageList, num_columns: int) -> PageList:
+    """Without the last columns if no sequence reads them."""
+    if num_columns == page_list.table.shape[1]:
         return page_list
     mask = page_list.token_mask
-    table, lens, mask = noted(
-        page_list, "trimmed",
-        lambda: [None if x is None else x[:, :m] for x in (page_list.table, page_list.lens, mask)],
-    )
+    table, lens, mask = noted(page_list, "trimmed", lambda: [
+        None if x is None else x[:, :num_columns] for x in (page_list.table, page_list.lens, mask)
+    ])
     return page_list._replace(table=table, lens=lens, token_mask=mask)
 
 

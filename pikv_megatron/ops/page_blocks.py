@@ -20,15 +20,18 @@ class PageBlock(NamedTuple):
 
     Attributes:
         columns: which ones.
-        pages: [n, c], their page numbers.
+        pages: [n, c], their page numbers; for pages that are not read at all, where that is
+            possible, one of the sequence's that is.
         run: the number of the first listed page if all listed pages lie one behind the other.
         hidden: [n, t], bool, True for tokens that are not to be read; None: all of them are.
+        is_clean: what is hidden is a copy of what is read, so a weight of 0 makes it harmless.
     """
 
     columns: slice
     pages: torch.Tensor
     run: int | None
     hidden: torch.Tensor | None
+    is_clean: bool
 
 
 def noted(page_list: PageList, key: object, find: Callable[[], Found]) -> Found:
@@ -49,10 +52,23 @@ def page_blocks(page_list: PageList, block_tokens: int) -> list[PageBlock]:
     )
 
 
-def num_columns(page_list: PageList) -> int:
-    """Columns up to the last that any sequence reads, from a CPU's tensors."""
-    read = (page_list.lens > 0).any(dim=0).nonzero()
-    return int(read[-1]) + 1 if read.numel() else 0
+def row_columns(page_list: PageList) -> tuple[int, ...]:
+    """Columns up to the last that each sequence reads, from a CPU's tensors.
+
+    Example:
+        lens 64, 0, 5, 0 and 0, 0, 0, 0: 3 and 0.
+    """
+    n, m = page_list.lens.shape
+    if m == 0:
+        return (0,) * n
+    number = torch.arange(1, m + 1, dtype=torch.int32)
+    return tuple(((page_list.lens > 0) * number).amax(dim=1).tolist())
+
+
+def token_bytes(page_list: PageList) -> int:
+    """Of a token's keys or values of all KV heads, as float32."""
+    keys, values = page_list.pages.keys, page_list.pages.values
+    return 4 * keys.shape[0] * max(keys.shape[3], values.shape[3])
 
 
 def _find_blocks(page_list: PageList, block_tokens: int, is_plain: bool) -> Iterator[PageBlock]:
@@ -66,12 +82,15 @@ def _find_blocks(page_list: PageList, block_tokens: int, is_plain: bool) -> Iter
         if run is not None and is_plain:
             # Nothing is copied up to the first hidden token, so one block will do.
             num_whole = int((has_hidden.cumsum(0) == 0).sum())
+    stand_ins = _stand_ins(page_list) if run is None and bool(has_hidden.any()) else None
+    table = table if stand_ins is None else stand_ins
     step = max(1, block_tokens // page_size)
     bounds = [0] * (num_whole > 0) + list(range(num_whole, table.shape[1], step))
     for first, last in zip(bounds, bounds[1:] + [table.shape[1]]):
         columns = slice(first, last)
         hidden = _hidden(page_list, columns) if has_hidden[columns].any() else None
-        yield PageBlock(columns, table[:, columns], run, hidden)
+        is_clean = hidden is None or stand_ins is not None
+        yield PageBlock(columns, table[:, columns], run, hidden, is_clean)
 
 
 def read_keys(page_list: PageList, block: PageBlock) -> list[torch.Tensor]:
@@ -101,7 +120,7 @@ def read_values(
 ) -> list[torch.Tensor]:
     """Values [t, r_v] as the operands of a product: see `_operands`.
 
-    What is hidden becomes 0, since 0 times NaN would be NaN.
+    What is hidden becomes 0 where it may be anything, since 0 times NaN would be NaN.
 
     Args:
         dtype: plain pages of this type are not converted; all others become float32.
@@ -116,14 +135,14 @@ def read_values(
     if pages.value_scale is None:
         is_pool = block.run is not None
         dtype = dtype if stored.dtype == dtype else torch.float32
-        numbers = _as_type(stored, dtype, copies=is_pool and block.hidden is not None)
+        numbers = _as_type(stored, dtype, copies=is_pool and not block.is_clean)
     else:
         numbers = _codes(stored, pages.tokens_per_row)
         groups = numbers.unflatten(4, (pages.value_scale.shape[3], -1))
         for apply, factor in ((groups.mul_, pages.value_scale), (groups.add_, pages.value_zero)):
             if factor is not None:
                 apply(_listed(factor, block).unsqueeze(5))
-    if block.hidden is not None:
+    if not block.is_clean:
         numbers.flatten(2, 3).masked_fill_(block.hidden.unsqueeze(-1), 0.0)
     return _operands(numbers, False)
 
@@ -152,6 +171,24 @@ def _has_hidden(page_list: PageList) -> torch.Tensor:
     if page_list.token_mask is not None:
         partial |= ~page_list.token_mask.all(2).all(0)
     return partial
+
+
+def _stand_ins(page_list: PageList) -> torch.Tensor | None:
+    """The table with pages that are not read replaced by the first of the sequence's that is.
+
+    None where a page is read in part, or a sequence reads no page, or the device would be asked.
+
+    Example:
+        Pages 7, 3, 9, the last one with lens 0: 7, 3, 7.
+    """
+    lens, table = page_list.lens, page_list.table
+    if page_list.token_mask is not None or not table.is_cpu:
+        return None
+    is_whole = lens == page_list.pages.page_size
+    if not (is_whole.any(1).all() and (is_whole | (lens == 0)).all()):
+        return None
+    first = table.gather(1, is_whole.int().argmax(dim=1, keepdim=True))
+    return torch.where(is_whole, table, first)
 
 
 def _hidden(page_list: PageList, columns: slice) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Page logits from each kind of sketch, in plain torch: one sequence, one block of pages.
+"""Page logits from each kind of sketch, in plain torch: one block of pages.
 
-Legend: ng KV heads, g query heads a KV head, b pages, S tokens a page, P tokens a byte, R = S / P
-byte rows, w width, r directions. Logits are not scaled yet, and valid until the next block; bounds
-hold for the logits of exact keys up to float32's rounding.
+Legend: x KV heads of all sequences of the block, g query heads a KV head, b pages of a sequence,
+S tokens a page, P tokens a byte, R = S / P byte rows, w width, r directions. Logits are not scaled
+yet, and valid until the next block; bounds hold for the logits of exact keys up to float32's
+rounding.
 """
 
 import torch
@@ -15,12 +16,12 @@ ROUNDING = 2.0**-16
 
 
 def mean_key_logits(query: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """[ng, g, w] queries, [ng, b, w] mean keys -> [ng, g, b]."""
+    """[x, g, w] queries, [x, b, w] mean keys -> [x, g, b]."""
     return _product(query, _as_float(mean))
 
 
 def box_logits(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """The largest logit of any key in the box: [ng, g, w], [ng, b, w] twice -> [ng, g, b].
+    """The largest logit of any key in the box: [x, g, w], [x, b, w] twice -> [x, g, b].
 
     A positive q_i takes the box's high end and a negative one its low end, so the maximum over
     corners is two matrix products (Quest, arXiv 2406.10774, takes it elementwise).
@@ -30,11 +31,11 @@ def box_logits(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> to
 
 
 def token_logits(query: torch.Tensor, block: LowRankSketch) -> torch.Tensor:
-    """q . k of every token less q . zero, [ng, g, r] -> [ng, g, S, b], by tokens of a page first.
+    """q . k of every token less q . zero, [x, g, r] -> [x, g, S, b], by tokens of a page first.
 
     Zero points are one addition a page; they are `zero_logits`.
     """
-    shape, device = block.codes.transpose(1, 2).shape, block.codes.device  # [ng, R, b, r]
+    shape, device = block.codes.transpose(1, 2).shape, block.codes.device  # [x, R, b, r]
     rows = scratch("sketch rows", shape, torch.uint8, device).copy_(block.codes.transpose(1, 2))
     planes = block.page_size // shape[1]
     masked = scratch("sketch codes", shape, torch.uint8, device)
@@ -49,14 +50,14 @@ def token_logits(query: torch.Tensor, block: LowRankSketch) -> torch.Tensor:
 
 
 def zero_logits(query: torch.Tensor, block: LowRankSketch) -> torch.Tensor:
-    """q . zero, [ng, g, r] -> [ng, g, b]."""
+    """q . zero, [x, g, r] -> [x, g, b]."""
     return torch.bmm(query, block.zero.float().transpose(1, 2))
 
 
 def low_rank_margin(
     query: torch.Tensor, query_residual: torch.Tensor, block: LowRankSketch
 ) -> torch.Tensor:
-    """How far a token's q . k can lie above its sketch's: [ng, g, r], [ng, g] -> [ng, g, b].
+    """How far a token's q . k can lie above its sketch's: [x, g, r], [x, g] -> [x, g, b].
 
     Scales and zero points are rounded so that no code is clamped (`packing.quantise`): each channel
     is off by half a scale at most. What the directions leave of the key gives at most the product
@@ -75,7 +76,7 @@ def low_rank_margin(
 
 
 def _product(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[ng, g, w], [ng, rows, w] -> [ng, g, rows]; valid until the next call."""
+    """[x, g, w], [x, rows, w] -> [x, g, rows]; valid until the next call."""
     shape = (*query.shape[:2], rows.shape[1])
     return torch.bmm(
         query, rows.transpose(1, 2), out=scratch("sketch logits", shape, query.dtype, query.device)

@@ -4,7 +4,7 @@ import torch
 
 from pikv_megatron.ops.backend import triton_op
 
-MAX_SHARDS = 64
+MAX_SHARDS = 1024
 
 
 def route_topk(
@@ -26,7 +26,7 @@ def route_topk(
         as -inf, and -inf is taken only where there is nothing else.
 
     Raises:
-        ValueError: k < 1, or N > 64.
+        ValueError: k < 1, or N > 1024.
 
     Example:
         Logits 1, 3, 3, 2, penalties 0, 0, 1, 0, k = 2: 1, 3, 2, 2, so shards 1 and 2.

@@ -1,7 +1,8 @@
 """How much each page matters to a query, from the sketches of the pages, and the best k.
 
 Legend: n sequences, np query heads, ng KV heads, g = np / ng, p rows of the sketch, m pages listed
-for a sequence, S tokens a page, w width of the sketch (r directions for a low-rank one).
+for a sequence, S tokens a page, w width of the sketch (its directions for a low-rank one),
+r sequences and b columns of a block.
 """
 
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 
 from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.listed_rows import run_of, table_blocks, take_rows
 from pikv_megatron.ops.page_logits import (
     box_logits,
     low_rank_margin,
@@ -54,7 +56,7 @@ def score_pages(
         table: [n, m], int64, rows of `sketch`; any where `lens` is 0.
         lens: [n, m], int32, tokens of the page, its first ones; 0: not listed. Mean keys and boxes
             use it for the mass only.
-        k: pages to choose, at least 1.
+        k: pages to choose; 0 chooses none, and ranks none.
         softmax_scale: factor on the logits, positive.
         statistic: "mass" or "best".
         query_residual: [n, np], the norm of what the r directions leave of the query.
@@ -84,8 +86,8 @@ def score_pages(
 
 
 def _check(sketch, k, softmax_scale, statistic, query_residual, bound) -> None:
-    if k < 1:
-        raise ValueError(f"k is {k}: choose at least one page")
+    if k < 0:
+        raise ValueError(f"k is {k}: choose 0 pages or more")
     if not softmax_scale > 0:
         raise ValueError(f"softmax_scale is {softmax_scale}: it must be positive")
     if statistic not in ("mass", "best"):
@@ -107,76 +109,75 @@ def _logits(
 ) -> torch.Tensor:
     """[n, np, m], float32; columns that are not listed hold anything."""
     n, num_heads, _ = query.shape
-    num_columns = table.shape[1]
     parts = {name: t for name, t in sketch._asdict().items() if isinstance(t, torch.Tensor)}
     num_groups = next(iter(parts.values())).shape[0]
-    group = num_heads // num_groups
-    logit = query.new_empty(n, num_groups, group, num_columns, dtype=torch.float32)
-    queries = (query.float() * softmax_scale).unflatten(1, (num_groups, group))
+    logit = query.new_empty(n, num_heads, table.shape[1], dtype=torch.float32)
+    by_group = logit.unflatten(1, (num_groups, -1)).transpose(0, 1)  # [ng, n, g, m]
+    queries = _by_group(query, num_groups, softmax_scale)
     residuals = None
     if bound and query_residual is not None:
-        residuals = (query_residual.float() * softmax_scale).unflatten(1, (num_groups, group))
-    step = _block_columns(sketch)
+        residuals = _by_group(query_residual, num_groups, softmax_scale)
     table = torch.where(lens > 0, table, 0)
-    for row in range(n):
-        for first in range(0, num_columns, step):
-            columns = slice(first, first + step)
-            pages = _as_slice(table[row, columns])
-            block = sketch._replace(**{name: _take(t, pages) for name, t in parts.items()})
-            logit[row, :, :, columns] = _block_logits(
-                queries[row], None if residuals is None else residuals[row], block,
-                lens[row, columns], statistic,
-            )
-    return logit.flatten(1, 2)
+    for rows, columns in table_blocks(*table.shape, _page_bytes(sketch), BLOCK_BYTES):
+        own_lens = lens[rows, columns]
+        pages, num_rows = run_of(table[rows, columns]), len(own_lens)
+        block = sketch._replace(**{
+            name: take_rows(f"listed {name}", t, pages, num_rows) for name, t in parts.items()
+        })
+        by_group[:, rows, :, columns] = _block_logits(
+            queries[:, rows].flatten(0, 1),
+            None if residuals is None else residuals[:, rows].flatten(0, 1),
+            block, own_lens, statistic,
+        )
+    return logit
+
+
+def _by_group(x: torch.Tensor, num_groups: int, softmax_scale: float) -> torch.Tensor:
+    """[n, np, ...] -> [ng, n, g, ...], float32, scaled."""
+    return (x.float() * softmax_scale).unflatten(1, (num_groups, -1)).transpose(0, 1)
 
 
 def _block_logits(query, residual, block, lens, statistic) -> torch.Tensor:
-    """Statistic of the pages of a block: query [ng, g, w], lens [b] -> [ng, g, b]."""
+    """Statistic of the pages of a block: query [x, g, w], x = ng * r, lens [r, b] -> [ng, r, g, b].
+    """
+    shape = (-1, len(lens))
     if isinstance(block, LowRankSketch):
-        logit = _reduce_tokens(token_logits(query, block), lens, statistic)
-        logit += zero_logits(query, block)
-        return logit if residual is None else logit + low_rank_margin(query, residual, block)
+        tokens = token_logits(query, block).unflatten(0, shape)
+        logit = _reduce_tokens(tokens, lens, statistic)
+        logit += zero_logits(query, block).unflatten(0, shape)
+        if residual is None:
+            return logit
+        return logit.add_(low_rank_margin(query, residual, block).unflatten(0, shape))
     if isinstance(block, BoundingBoxSketch):
         logit = box_logits(query, block.low, block.high)
     else:
         logit = mean_key_logits(query, block.mean)
-    return logit.add_(lens.log()) if statistic == "mass" else logit
+    logit = logit.unflatten(0, shape)
+    return logit.add_(lens.log().unsqueeze(1)) if statistic == "mass" else logit
 
 
 def _reduce_tokens(logits: torch.Tensor, lens: torch.Tensor, statistic: str) -> torch.Tensor:
-    """[ng, g, S, b] -> [ng, g, b] over the first `lens` tokens; anything where there is none."""
-    is_hidden = torch.arange(logits.shape[2], device=lens.device).unsqueeze(1) >= lens
-    logits.masked_fill_(is_hidden, -torch.inf)
-    best = logits.amax(dim=2)
+    """[ng, r, g, S, b] -> [ng, r, g, b] over the first `lens` [r, b] tokens; anything where there
+    is none."""
+    token = torch.arange(logits.shape[3], device=lens.device).unsqueeze(1)
+    logits.masked_fill_((token >= lens.unsqueeze(1)).unsqueeze(1), -torch.inf)
+    best = logits.amax(dim=3)
     if statistic == "best":
         return best
-    return logits.sub_(best.unsqueeze(2)).exp_().sum(dim=2).log_().add_(best)
+    return logits.sub_(best.unsqueeze(3)).exp_().sum(dim=3).log_().add_(best)
 
 
-def _block_columns(sketch: PageSketch) -> int:
-    """Pages whose sketches, as float32, fill a block."""
+def _page_bytes(sketch: PageSketch) -> int:
+    """Of a page's sketch of all KV heads, as float32."""
     rows, width = sketch.page_size if isinstance(sketch, LowRankSketch) else 1, sketch[0].shape[-1]
-    return max(16, BLOCK_BYTES // (sketch[0].shape[0] * rows * width * 4))
-
-
-def _as_slice(pages: torch.Tensor) -> torch.Tensor | slice:
-    """The slice that names the same pages, on a CPU, where they lie one behind the other."""
-    if pages.is_cpu:
-        first, last = int(pages[0]), int(pages[-1])
-        if last - first == pages.numel() - 1:
-            if torch.equal(pages, torch.arange(first, last + 1)):
-                return slice(first, last + 1)
-    return pages
-
-
-def _take(field: torch.Tensor, pages: torch.Tensor | slice) -> torch.Tensor:
-    """field[:, pages], in place for a slice."""
-    return field[:, pages] if isinstance(pages, slice) else field.index_select(1, pages)
+    return sketch[0].shape[0] * rows * width * 4
 
 
 def _choose(score: torch.Tensor, is_listed: torch.Tensor, k: int) -> torch.Tensor:
     """Columns of the k best listed pages, rising, lower columns first among equals; -1 behind."""
     n, m = score.shape
+    if k == 0:
+        return score.new_empty(n, 0, dtype=torch.int64)
     # Bits of floats that are not negative rise with them; the column makes every key unique.
     column = torch.arange(m, device=score.device)
     key = (score.view(torch.int32).long() << 32) | (m - 1 - column)

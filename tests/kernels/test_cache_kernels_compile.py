@@ -3,6 +3,7 @@
 import pytest
 import torch
 from guarded_pools import PageSpec, empty_pages, empty_sketch, seal_case
+from mean_cases import mean_case
 from sketch_cases import ScoreSpec, build
 
 triton = pytest.importorskip("triton")
@@ -11,6 +12,7 @@ from triton.compiler import ASTSource, compile as compile_for  # noqa: E402
 from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 
 from pikv_kernels.append_kv import append_kv  # noqa: E402
+from pikv_kernels.attend_means import attend_means  # noqa: E402
 from pikv_kernels.project import project  # noqa: E402
 from pikv_kernels.route_topk import route_topk  # noqa: E402
 from pikv_kernels.score_pages import score_pages  # noqa: E402
@@ -54,7 +56,8 @@ def test_small_kernels(compiled):
     append_kv(tokens, tokens, torch.zeros(2, 4, 16, 64), torch.zeros(2, 4, 16, 64), index, index)
     project(tokens, torch.zeros(3, 64, 32, dtype=torch.bfloat16), None)
     route_topk(torch.zeros(3, 64), torch.zeros(8), 2, torch.zeros(8, 64))
-    assert compiled == ["_append", "_project", "_route"]
+    route_topk(torch.zeros(3, 1024), torch.zeros(1024), 32)
+    assert compiled == ["_append", "_project", "_route", "_route"]
 
 
 @pytest.mark.parametrize("payload, sketch", [("float8", "box"), ("int2", "low rank 4")])
@@ -71,3 +74,9 @@ def test_scoring(compiled, sketch, dtype):
     spec = ScoreSpec(sketch, 1, 40, 2, 4, 64, 16, 8, "mass", True, dtype, False, 0)
     score_pages(*build(spec).arguments)
     assert compiled == ["_logits", "_normalisers", "_scores", "_select"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tail(compiled, dtype):
+    attend_means(*mean_case(2, 40, 2, 4, 128, dtype, False, 0.9, 0))
+    assert compiled == ["_attend", "_merge"]

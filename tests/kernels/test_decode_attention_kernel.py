@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from oracle import expected_attention, relative_rms
 from paged_cases import PAYLOADS, CaseSpec, ListSpec, build, case_specs
+from triton.runtime.interpreter import InterpreterBuilder
 
 from pikv_megatron.ops.decode_attention import decode_attention as torch_attention
 
@@ -54,3 +55,26 @@ def test_thousands_of_small_pages(attention, device):
 def test_several_lists_and_splits(attention, device, payload, dtype):
     lists = (ListSpec(payload, 16, 20, 2, 5, True), ListSpec(payload, 64, 9, 1, 1, is_full=True))
     check(attention, CaseSpec(2, 2, 1, 4, 96, 80, dtype, lists), device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's products")
+def test_padding_is_not_gone_through(attention, device, monkeypatch):
+    """Tiles of 4 pages: 10 + 1 + 0 + 1 of them hold what four sequences read, not 4 * 10."""
+    count, create_dot = [0], InterpreterBuilder.create_dot
+
+    def counting(*args):
+        count[0] += 1
+        return create_dot(*args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
+    spec = CaseSpec(4, 1, 2, 4, 64, 64, torch.float32,
+                    (ListSpec("float32", 16, 40, 1, 1, is_full=True),))
+    case = build(spec, device)
+    is_read = torch.arange(40) < torch.tensor([40, 1, 0, 2])[:, None]
+    lists = [case.lists[0]._replace(lens=case.lists[0].lens * is_read)]
+    (out, lse), masses = attention(case.query, lists, 0.125, with_mass=True)
+    assert count[0] == 2 * 2 * 12  # KV heads, keys and values
+    right = expected_attention(case.query, lists, 0.125)
+    assert relative_rms(out, right.out) < TOLERANCE[torch.float32]
+    assert torch.equal(masses[0] == 0, right.masses[0] == 0)
+    assert torch.equal(lse[2], torch.full_like(lse[2], -torch.inf))

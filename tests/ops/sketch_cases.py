@@ -45,7 +45,7 @@ def score_specs(draw, max_columns: int) -> ScoreSpec:
         draw(st.integers(1, 4)), group,
         draw(st.sampled_from([16, 33, 64, 80, 128, 256])),
         draw(st.sampled_from([4, 12, 16, 64, 500] if sketch[:3] == "low" else [1, 63])),
-        draw(st.sampled_from([1, 2, 7, 63, 500])), draw(st.sampled_from(["mass", "best"])),
+        draw(st.sampled_from([0, 1, 2, 7, 63, 500])), draw(st.sampled_from(["mass", "best"])),
         sketch != "mean" and draw(st.booleans()),
         draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
         draw(st.booleans()), draw(st.integers(0, 10**6)),

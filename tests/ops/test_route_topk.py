@@ -11,7 +11,8 @@ from pikv_megatron.ops.route_topk import route_topk
 @st.composite
 def route_cases(draw):
     """Small integers, so that ties abound and sums are exact, with NaN and infinities."""
-    n, num_shards = draw(st.integers(0, 9)), draw(st.integers(1, 64))
+    n = draw(st.integers(0, 9))
+    num_shards = draw(st.integers(1, 64) | st.sampled_from([65, 128, 300, 777, 1024]))
     has_gate, has_rows = draw(st.booleans()), draw(st.booleans())
     width = draw(st.sampled_from([16, 63, 256])) if has_gate else num_shards
     rng = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
@@ -25,7 +26,7 @@ def route_cases(draw):
         x[torch.rand(x.shape, generator=rng) < 0.2] = -torch.inf
     penalty = integers(n, num_shards) if has_rows else integers(num_shards)
     gate = integers(num_shards, width) if has_gate else None
-    return x, penalty, draw(st.integers(1, 70)), gate
+    return x, penalty, draw(st.integers(1, 70) | st.sampled_from([300, 1024])), gate
 
 
 def expected(x, penalty, k, gate) -> torch.Tensor:
@@ -49,7 +50,12 @@ def test_the_example_of_the_docstring():
     assert visited.tolist() == [[False, True, True, False]]
 
 
-@pytest.mark.parametrize("k, num_shards, message", [(0, 8, "k is 0"), (1, 65, "65 shards")])
+def test_a_penalty_that_leaves_minus_zero_leaves_a_tie():
+    visited = route_topk(torch.tensor([[-0.0, 1, 0]]), torch.tensor([0.0, 1, 0]), 1)
+    assert visited.tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("k, num_shards, message", [(0, 8, "k is 0"), (1, 1025, "1025 shards")])
 def test_what_cannot_be_ranked_is_refused(k, num_shards, message):
     with pytest.raises(ValueError, match=message):
         route_topk(torch.zeros(1, num_shards), torch.zeros(num_shards), k)

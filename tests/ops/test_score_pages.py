@@ -46,15 +46,51 @@ def test_bounds_are_above_the_exact_logits(spec):
 def test_bounds_are_no_wider_than_promised():
     """A query along one channel: half a scale, and nothing else, above the sketch's own logit."""
     spec = ScoreSpec("low rank 4", 1, 20, 1, 1, 16, 16, 3, "best", True, torch.float32, True, 7)
-    query, sketch, *rest = build(spec).arguments
+    query, sketch, *rest, residual, _ = build(spec).arguments
     query = torch.zeros_like(query)
     query[..., 3] = -2.0
-    rest[-2] = torch.zeros_like(rest[-2])
-    above = score_pages(query, sketch, *rest).logit
-    own = score_pages(query, sketch, *rest[:-2], None, False).logit
+    above = score_pages(query, sketch, *rest, torch.zeros_like(residual), True).logit
+    own = score_pages(query, sketch, *rest).logit
     step = sketch.scale[0, rest[0][0], 3].float() * 2.0 * rest[3] / 2
     is_listed = rest[1][0] > 0
     torch.testing.assert_close((above - own)[0, 0, is_listed], step[is_listed], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+@pytest.mark.parametrize("sketch", SKETCHES)
+def test_one_sequence_at_a_time_gives_the_same(sketch, is_run, monkeypatch):
+    """Rows of a batch share blocks where they are short; a block may also hold part of one."""
+    spec = ScoreSpec(sketch, 5, 70, 2, 3, 16, 8, 4, "mass", False, torch.float32, is_run, 2)
+    query, sketch, table, lens, *rest = build(spec).arguments
+    for block_bytes in (1, 1 << 14, 1 << 16, 4 << 20):
+        monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
+        scores = score_pages(query, sketch, table, lens, *rest)
+        for row in range(spec.n):
+            own = slice(row, row + 1)
+            alone = score_pages(query[own], sketch, table[own], lens[own], *rest[:3],
+                                rest[3][own], rest[4])
+            torch.testing.assert_close(scores.logit[own], alone.logit, atol=1e-5, rtol=1e-6)
+
+
+def test_rows_of_a_batch_share_their_products(monkeypatch):
+    """16 sequences whose sketches fill one block together: as many products as one sequence."""
+    counts, product = [], torch.bmm
+    for n in (1, 16):
+        spec = ScoreSpec("mean", n, 30, 2, 2, 16, 1, 3, "mass", False, torch.float32, False, 4)
+        arguments = build(spec).arguments
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "bmm", lambda *a, **k: calls.append(0) or product(*a, **k))
+            score_pages(*arguments)
+        counts.append(len(calls))
+    assert counts == [1, 1]
+
+
+def test_nothing_is_ranked_where_nothing_is_chosen(monkeypatch):
+    spec = ScoreSpec("mean", 3, 9, 2, 2, 16, 1, 0, "mass", False, torch.float32, False, 5)
+    arguments = build(spec).arguments
+    monkeypatch.setattr(torch.Tensor, "topk", None)
+    assert score_pages(*arguments).chosen.shape == (3, 0)
 
 
 def test_equal_pages_are_chosen_from_the_left():
@@ -84,7 +120,7 @@ LOW_RANK = LowRankSketch(
 
 
 @pytest.mark.parametrize("sketch, k, scale, statistic, bound, message", [
-    (BOX, 0, 1.0, "mass", False, "k is 0"),
+    (BOX, -1, 1.0, "mass", False, "k is -1"),
     (BOX, 1, -1.0, "mass", False, "softmax_scale is -1.0"),
     (BOX, 1, 1.0, "sum", False, "statistic is 'sum'"),
     (MEAN, 1, 1.0, "mass", True, "mean keys, which bound nothing"),

@@ -1,0 +1,40 @@
+"""How a method is chosen and given its parameters in a configuration.
+
+A method's parameters are a pydantic model in the method's own file, which builds the method. The
+models of a family are a union told apart by `name`; where a method needs no parameters, its bare
+name will do: `selector: mass` is `selector: {name: mass}`.
+"""
+
+from typing import Annotated, Any, ClassVar, Union, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Options(BaseModel):
+    """Parameters of a method. Unknown keys are refused.
+
+    Attributes:
+        needs_sketch: the method reads sketches of pages.
+        needs_mass: the method reads the share of the attention that pages had.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    needs_sketch: ClassVar[bool] = False
+    needs_mass: ClassVar[bool] = False
+
+
+def family(*members: type[Options]) -> Any:
+    """The type of a field that holds one of `members`, or the bare name of one."""
+    union = Annotated[Union[members], Field(discriminator="name")]
+    return Annotated[union, BeforeValidator(_from_name)]
+
+
+def members(family_type: Any) -> dict[str, type[Options]]:
+    """The models of a family by name."""
+    union = get_args(get_args(family_type)[0])
+    return {member.model_fields["name"].default: member for member in union}
+
+
+def _from_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
