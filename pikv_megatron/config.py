@@ -1,37 +1,37 @@
 """The one configuration of a PiKV cache: a YAML file, checked before anything is computed."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Sequence
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-MAX_SHARDS = 32
+from pikv_megatron.layer_options import LayerOptions, LayerOverride
+from pikv_megatron.layer_spec import LayerShape, LayerSpec
+from pikv_megatron.presets import preset_values
+
+MAX_EXPERT_SHARDS = 32
 
 
-class PiKVConfig(BaseModel):
+class PiKVConfig(LayerOptions):
     """Where KV is stored and how it is read. The defaults are lossless.
 
     Attributes:
         page_size: tokens a page (and a token buffer) holds, S.
-        token_shards: N_tok of the shard hash, a power of two; None: the expert-parallel size.
+        token_shards: N_tok of the shard hash; None: the expert-parallel size.
         expert_shards: N_exp of the shard hash, a power of two; 1 places by position only.
         hash_block: consecutive positions that share a token hash, b; None: `page_size`.
         replicas: shards that store each token, those of its best experts.
         num_sinks: first tokens of a sequence that stay in the home rank's stream window.
         window: last tokens of a sequence that stay in the home rank's stream window.
         flush_interval: decode steps between two flushes from the window to the shards.
-        prefill_chunk_size: prompt tokens a forward pass takes at once; None: the whole prompt.
+        prefill_chunk_size: prompt tokens that a home rank feeds in one forward pass.
         dispatcher: how queries and KV travel between ranks.
-        router: which shards a query visits.
-        selector: which of their pages it reads.
-        retention: which pages stay when a shard is full.
-        codec: how sealed pages are compressed.
-        sketch: what the home rank remembers of every page.
         max_sequence_length: capacity, tokens a sequence; None: the model's maximum.
-    """
+        layers: other methods for some layers.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    The methods are those of `LayerOptions`.
+    """
 
     page_size: int = Field(64, ge=1)
     token_shards: int | None = Field(None, ge=1)
@@ -41,26 +41,33 @@ class PiKVConfig(BaseModel):
     num_sinks: int = Field(4, ge=0)
     window: int = Field(128, ge=0)
     flush_interval: int = Field(16, ge=1)
-    prefill_chunk_size: int | None = Field(None, ge=1)
+    prefill_chunk_size: int = Field(1024, ge=1)
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    router: Literal["all"] = "all"
-    selector: Literal["all"] = "all"
-    retention: Literal["all"] = "all"
-    codec: Literal["none"] = "none"
-    sketch: Literal["none", "mean_key", "bounding_box"] = "none"
     max_sequence_length: int | None = Field(None, ge=1)
+    layers: tuple[LayerOverride, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        """Keys of the user override those of the preset."""
+        if not isinstance(values, dict) or "preset" not in values:
+            return values
+        own = {key: value for key, value in values.items() if key != "preset"}
+        return {**preset_values(values["preset"]), **own}
 
     @model_validator(mode="after")
     def _check_fields_together(self) -> "PiKVConfig":
-        for field in ("token_shards", "expert_shards"):
-            value = getattr(self, field)
-            if value is not None and (value & (value - 1) or value > MAX_SHARDS):
-                raise ValueError(f"{field} must be a power of two up to {MAX_SHARDS}, got {value}")
+        value = self.expert_shards
+        if value & (value - 1) or value > MAX_EXPERT_SHARDS:
+            raise ValueError(
+                f"expert_shards must be a power of two up to {MAX_EXPERT_SHARDS}, got {value}"
+            )
         if self.replicas > 1 and self.expert_shards == 1:
             raise ValueError(
                 f"replicas {self.replicas} needs expert_shards above 1: with one expert shard "
                 "every replica of a token falls into the same shard"
             )
+        self.resolved()
         return self
 
     @classmethod
@@ -82,16 +89,32 @@ class PiKVConfig(BaseModel):
         except ValidationError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def num_shards(self, expert_parallel_size: int) -> int:
-        """N, the number of shards of a sequence.
+    def resolve(self, layers: Sequence[LayerShape]) -> tuple[LayerSpec, ...]:
+        """Every layer with its methods.
 
         Raises:
-            ValueError: `expert_parallel_size` does not divide it.
+            ValueError: `layers` names one that the model does not have, or a method does not fit
+                a layer.
         """
-        num = max(self.token_shards or expert_parallel_size, self.expert_shards)
-        if num & (num - 1) or num % expert_parallel_size:
-            raise ValueError(
-                f"expert_parallel_size {expert_parallel_size} must divide the number of shards "
-                f"{num}, the larger of token_shards and expert_shards, a power of two"
-            )
-        return num
+        for override in self.layers:
+            beyond = [number for number in override.layers if number >= len(layers)]
+            if beyond:
+                raise ValueError(
+                    f"layers: match {override.match!r} names layer {beyond[0]}, and the model has "
+                    f"{len(layers)}, counted from 0"
+                )
+        specs = tuple(
+            LayerSpec(number + 1, *shape, self._options_of(number))
+            for number, shape in enumerate(layers)
+        )
+        for spec in {spec[1:]: spec for spec in specs}.values():
+            spec.options.sketch.build(spec.kv, self.page_size, 0)
+            spec.options.codec.build(spec.kv, self.page_size, 0)
+        return specs
+
+    def _options_of(self, layer: int) -> LayerOptions:
+        methods = {name: getattr(self, name) for name in LayerOptions.model_fields}
+        for override in self.layers:
+            if layer in override.layers:
+                methods |= override.methods()
+        return LayerOptions(**methods).resolved()

@@ -1,19 +1,32 @@
-"""Directories of random pages, for contract tests."""
+"""What routers and selectors are asked with: random pages, for contract tests."""
 
 import torch
 
-from pikv_megatron.types import Directory, MeanKeySketch
+from pikv_megatron.relevance import Ask
+from pikv_megatron.types import Directory
+
+NUM_HEADS, MOST_COLUMNS = 4, 6
 
 
-def drawn_directory(num_sequences: int, num_ranks: int, num_shards: int) -> Directory:
-    """Up to six pages of width 8 a sequence and rank; one sequence has none."""
-    generator = torch.Generator().manual_seed(num_sequences)
-    num_pages = torch.randint(0, 7, (num_sequences, num_ranks, 1), generator=generator)
-    num_pages[-1] = 0
-    is_page = torch.arange(6) < num_pages
-    table = torch.arange(is_page.numel()).view(is_page.shape)
-    rank = torch.arange(num_ranks).view(1, -1, 1)
-    local = torch.randint(0, num_shards // num_ranks, is_page.shape, generator=generator)
-    shard = torch.where(is_page, local * num_ranks + rank, -1)
-    sketch = MeanKeySketch(torch.randn(2, is_page.numel(), 8, generator=generator))
-    return Directory(sketch, table, is_page, shard)
+def drawn_ask(num_sequences: int, num_ranks: int, num_shards: int, seed: int = 0) -> Ask:
+    """Up to six pages a sequence and rank, with random logits; one sequence has none."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = num_sequences, num_ranks, MOST_COLUMNS
+    num_pages = torch.randint(0, MOST_COLUMNS + 1, shape[:2], generator=generator).unsqueeze(2)
+    num_pages[-1:] = 0
+    is_page = torch.arange(MOST_COLUMNS) < num_pages
+    local = torch.randint(0, num_shards // num_ranks, shape, generator=generator)
+    shard = local * num_ranks + torch.arange(num_ranks).view(1, -1, 1)
+    table = torch.arange(is_page.numel()).view(shape)
+    logits = 3 * torch.randn(
+        num_sequences, NUM_HEADS, num_ranks * MOST_COLUMNS, generator=generator
+    )
+
+    def judge(query):
+        is_listed = is_page.flatten(1)
+        hidden = logits.masked_fill(~is_listed.unsqueeze(1), -torch.inf)
+        return hidden, hidden.softmax(2).mean(1).masked_fill(~is_listed, 0.0)
+
+    query = torch.randn(num_sequences, NUM_HEADS, 8, generator=generator)
+    slots = torch.arange(num_sequences)
+    return Ask(query, Directory(slots, table, is_page, shard, num_shards), judge)

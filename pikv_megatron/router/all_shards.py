@@ -1,10 +1,14 @@
 """The lossless router."""
 
-from pikv_megatron.router.base import KVRouter
+from typing import Literal
+
+from pikv_megatron.router.base import RouterOptions
 
 
-class AllShardsRouter(KVRouter):
-    """Every query visits every shard, so attention is exact."""
+class AllShardsOptions(RouterOptions):
+    """Every query visits every shard: lossless."""
 
-    def visit(self, query, directory):
+    name: Literal["all"] = "all"
+
+    def build(self):
         return None

@@ -4,20 +4,21 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from pikv_megatron.types import Directory
+from pikv_megatron.options import Options
+from pikv_megatron.relevance import Ask
 
 
 class KVRouter(ABC):
     """Chooses the shards that a step's queries visit (Megatron's MoE router chooses experts)."""
 
     @abstractmethod
-    def visit(self, query: torch.Tensor, directory: Directory | None) -> torch.Tensor | None:
-        """Choose shards for each sequence.
+    def visit(self, ask: Ask) -> torch.Tensor:
+        """[n, N], bool: the shards that each sequence visits, at least one."""
 
-        Args:
-            query: [n, sq, np, hn], after RoPE.
-            directory: of the same n sequences; None where no sketch is kept.
 
-        Returns:
-            [n, num_shards], bool, at least one a sequence; None for every shard.
-        """
+class RouterOptions(Options):
+    """Parameters of a router."""
+
+    @abstractmethod
+    def build(self) -> KVRouter | None:
+        """The router of a layer; None visits every shard."""

@@ -1,5 +1,7 @@
-"""Routers by the name they have in `PiKVConfig.router`."""
+"""The routers that `PiKVConfig.router` can name."""
 
-from pikv_megatron.router.all_shards import AllShardsRouter
+from pikv_megatron.options import family
+from pikv_megatron.router.all_shards import AllShardsOptions
+from pikv_megatron.router.top_k import TopKOptions
 
-ROUTERS = {"all": AllShardsRouter}
+Router = family(AllShardsOptions, TopKOptions)

@@ -1,10 +1,17 @@
 """The lossless selector."""
 
-from pikv_megatron.selector.base import PageSelector
+from typing import Literal
+
+from pydantic import Field
+
+from pikv_megatron.selector.base import SelectorOptions
 
 
-class AllPagesSelector(PageSelector):
-    """Every page of a visited shard is read."""
+class AllPagesOptions(SelectorOptions):
+    """Every page of a visited shard is read: lossless."""
 
-    def select(self, query, directory, shards):
+    name: Literal["all"] = "all"
+    tail: Literal["none"] = Field("none", description="nothing is left out")
+
+    def build(self):
         return None

@@ -1,5 +1,8 @@
-"""Selectors by the name they have in `PiKVConfig.selector`."""
+"""The selectors that `PiKVConfig.selector` can name."""
 
-from pikv_megatron.selector.all_pages import AllPagesSelector
+from pikv_megatron.options import family
+from pikv_megatron.selector.all_pages import AllPagesOptions
+from pikv_megatron.selector.budget import BudgetOptions
+from pikv_megatron.selector.mass import MassOptions
 
-SELECTORS = {"all": AllPagesSelector}
+Selector = family(AllPagesOptions, BudgetOptions, MassOptions)

@@ -1,6 +1,9 @@
-"""Sketchers by the name they have in `PiKVConfig.sketch`."""
+"""The sketches that `PiKVConfig.sketch` can name."""
 
-from pikv_megatron.sketch.bounding_box import BoundingBoxSketcher
-from pikv_megatron.sketch.mean_key import MeanKeySketcher
+from pikv_megatron.options import family
+from pikv_megatron.sketch.bounding_box import BoundingBoxOptions
+from pikv_megatron.sketch.low_rank import LowRankOptions
+from pikv_megatron.sketch.mean_key import MeanKeyOptions
+from pikv_megatron.sketch.none import NoSketchOptions
 
-SKETCHERS = {"mean_key": MeanKeySketcher, "bounding_box": BoundingBoxSketcher}
+Sketch = family(NoSketchOptions, MeanKeyOptions, BoundingBoxOptions, LowRankOptions)

@@ -1,0 +1,114 @@
+"""Sealed pages: a transform, then a format; written, read and attended to in one place.
+
+Legend: ng KV heads, c pages, S tokens a page, hn head width, n sequences, sq query tokens, np query
+heads, m pages listed for a sequence.
+"""
+
+import torch
+
+from pikv_megatron.codec.format.base import FormatOptions
+from pikv_megatron.codec.transform.base import KVTransform
+from pikv_megatron.ops.decode_attention import decode_attention
+from pikv_megatron.ops.expand_pages import expand_pages
+from pikv_megatron.ops.merge_states import merge_states
+from pikv_megatron.ops.seal_page import seal_page
+from pikv_megatron.types import AttentionState, KVPages, KVShape, PageList
+
+
+class PageCodec:
+    """Token buffers and stream windows stay as computed.
+
+    Args:
+        kv: tokens as computed.
+        page_size: S.
+        transform: None stores them in their own widths.
+        page_format: how numbers are packed.
+    """
+
+    def __init__(
+        self, kv: KVShape, page_size: int, transform: KVTransform | None,
+        page_format: FormatOptions,
+    ):
+        self._page_size = page_size
+        self._transform = transform
+        self._format = page_format
+        self._stored = kv
+        if transform is not None:
+            self._stored = kv._replace(
+                key_width=transform.key_width, value_width=transform.value_width
+            )
+
+    def allocate(self, num_pages: int) -> KVPages:
+        """An empty pool of `num_pages` pages."""
+        return self._format.allocate(self._stored, num_pages, self._page_size)
+
+    def seal(
+        self, keys: torch.Tensor, values: torch.Tensor, pages: KVPages, page: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Write full pages [ng, c, S, hn] of the sequences `slots` [c] to the places page [c]."""
+        if self._transform is not None:
+            keys, values = self._transform.encode(keys, values, slots)
+        seal_page(keys, values, pages, page)
+
+    def restore(
+        self, pages: KVPages, page: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values [ng, c, S, hn] that stored pages stand for."""
+        keys, values = expand_pages(pages, page)
+        if self._transform is None:
+            return keys, values
+        return self._transform.decode(keys, values, slots)
+
+    def attend(
+        self, query: torch.Tensor, sealed: PageList, plain: list[PageList], softmax_scale: float,
+        slots: torch.Tensor, with_mass: bool = False,
+    ) -> tuple[AttentionState, torch.Tensor | None]:
+        """Attention of query [n, sq, np, hn] over sealed pages and over lists as computed.
+
+        Returns:
+            The attention; and the share of it that each sealed page has, [n, sq, np, m], if asked.
+        """
+        if self._transform is None:
+            state, masses = decode_attention(query, [sealed, *plain], softmax_scale, with_mass)
+            return state, masses[0] if with_mass else None
+        far, mass = self._attend_transformed(query, sealed, softmax_scale, slots, with_mass)
+        if not plain:
+            return far, mass
+        near, _ = decode_attention(query, plain, softmax_scale)
+        state = merge_states(*(torch.stack(parts) for parts in zip(far, near)))
+        if with_mass:
+            mass = mass * (far.lse - state.lse).exp().unsqueeze(3)
+        return state, mass
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has to be fitted."""
+        return self._transform is not None
+
+    def fit(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Learn from the tokens [ng, t, hn] of a sequence's first pages."""
+        self._transform.fit(slot, keys, values)
+
+    def is_fitted(self, slot: int) -> bool:
+        """Whether `fit` has nothing to do for a sequence."""
+        return self._transform.is_fitted(slot)
+
+    def forget(self, slot: int) -> None:
+        """The sequence ended."""
+        if self._transform is not None:
+            self._transform.forget(slot)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is kept besides the pages."""
+        return [] if self._transform is None else self._transform.tensors()
+
+    def _attend_transformed(self, query, sealed, softmax_scale, slots, with_mass):
+        absorbed, bias = self._transform.absorb(query, slots)
+        listed = sealed._replace(logit_bias=bias * softmax_scale)
+        state, masses = decode_attention(
+            absorbed.to(query.dtype), [listed], softmax_scale, with_mass
+        )
+        out = self._transform.emit(state.out, slots)
+        has_keys = (state.lse > -torch.inf).unsqueeze(3)
+        return AttentionState(out * has_keys, state.lse), masses[0] if with_mass else None

@@ -1,0 +1,74 @@
+"""What is stored of keys and values before they are packed, and how a query meets it.
+
+Attention over transformed pages never expands them: the query is moved into the keys' space once,
+and the output out of the values' space once.
+
+Legend: n sequences, sq query tokens, np query heads, ng KV heads, c pages, S tokens a page, hn head
+width, r_k and r_v stored widths.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from pikv_megatron.options import Options
+from pikv_megatron.types import KVShape
+
+
+class KVTransform(ABC):
+    """A way to store keys and values in other widths, for each sequence by itself.
+
+    Attributes:
+        key_width: r_k.
+        value_width: r_v.
+    """
+
+    key_width: int
+    value_width: int
+
+    @abstractmethod
+    def is_fitted(self, slot: int) -> bool:
+        """Whether `fit` has nothing to do for a sequence."""
+
+    @abstractmethod
+    def fit(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Learn from the tokens [ng, t, hn] of a sequence's first pages, before they are stored."""
+
+    @abstractmethod
+    def forget(self, slot: int) -> None:
+        """The sequence ended."""
+
+    @abstractmethod
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages [ng, c, S, hn] of the sequences `slots` [c] -> [ng, c, S, r_k], [ng, c, S, r_v]."""
+
+    @abstractmethod
+    def decode(
+        self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What encoded pages stand for: the inverse of `encode`, but for what it loses."""
+
+    @abstractmethod
+    def absorb(
+        self, query: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query [n, sq, np, hn] of the sequences `slots` [n] -> [n, sq, np, r_k], and what is to
+        be added to its logits over them, [n, sq, np], float32, not yet scaled."""
+
+    @abstractmethod
+    def emit(self, out: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Output over encoded values [n, sq, np, r_v] -> [n, sq, np, hn]."""
+
+    @abstractmethod
+    def tensors(self) -> list[torch.Tensor]:
+        """What is kept besides the pages."""
+
+
+class TransformOptions(Options):
+    """Parameters of a transform."""
+
+    @abstractmethod
+    def build(self, kv: KVShape, num_slots: int) -> KVTransform | None:
+        """The transform of a layer, for `num_slots` sequences; None stores tokens as computed."""

@@ -1,0 +1,91 @@
+"""The methods of one layer's cache, and how a configuration chooses others for some layers."""
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pikv_megatron.codec.registry import Codec, CodecOptions
+from pikv_megatron.retention.budget import RetentionBudget, ShareBudget
+from pikv_megatron.retention.keep_all import KeepAllOptions
+from pikv_megatron.retention.registry import Retention
+from pikv_megatron.router.all_shards import AllShardsOptions
+from pikv_megatron.router.registry import Router
+from pikv_megatron.selector.all_pages import AllPagesOptions
+from pikv_megatron.selector.registry import Selector
+from pikv_megatron.sketch.low_rank import LowRankOptions
+from pikv_megatron.sketch.none import NoSketchOptions
+from pikv_megatron.sketch.registry import Sketch
+
+
+class LayerOptions(BaseModel):
+    """The methods of one layer's cache. The defaults are lossless.
+
+    Attributes:
+        router: which shards a query visits.
+        selector: which of their pages it reads.
+        sketch: what the home rank remembers of every page; None: `low_rank` where a router or a
+            selector reads it, else `none`.
+        retention: which pages stay.
+        budget: how many of them; None: a quarter, where a retention policy asks.
+        codec: how sealed pages are stored.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    router: Router = AllShardsOptions()
+    selector: Selector = AllPagesOptions()
+    sketch: Sketch | None = None
+    retention: Retention = KeepAllOptions()
+    budget: RetentionBudget | None = None
+    codec: Codec = CodecOptions()
+
+    def resolved(self) -> "LayerOptions":
+        """The same with nothing left open.
+
+        Raises:
+            ValueError: a method lacks what it needs; names both and the remedy.
+        """
+        needy = [f for f in ("router", "selector") if getattr(self, f).needs_sketch]
+        sketch = self.sketch or (LowRankOptions() if needy else NoSketchOptions())
+        if needy and isinstance(sketch, NoSketchOptions):
+            name = getattr(self, needy[0]).name
+            raise ValueError(
+                f"{needy[0]} {name} needs a sketch, and sketch is none: leave sketch out, or name "
+                "low_rank, bounding_box or mean_key"
+            )
+        if self.budget is not None and isinstance(self.retention, KeepAllOptions):
+            raise ValueError(
+                f"budget {self.budget.name} limits the pages that stay, and retention is all: name "
+                "a retention policy, h2o or streaming, or leave budget out"
+            )
+        budget = self.budget or ShareBudget()
+        return self.model_copy(update={"sketch": sketch, "budget": budget})
+
+
+class LayerOverride(BaseModel):
+    """Other methods for some layers.
+
+    Attributes:
+        match: numbers of layers from 0, single or as a range: `3`, `"0-3"`, `"0,2,5-7"`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: str = Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$", coerce_numbers_to_str=True)
+    router: Router | None = None
+    selector: Selector | None = None
+    sketch: Sketch | None = None
+    retention: Retention | None = None
+    budget: RetentionBudget | None = None
+    codec: Codec | None = None
+
+    @property
+    def layers(self) -> set[int]:
+        """The numbers that `match` names."""
+        spans = [re.findall(r"\d+", part) for part in self.match.split(",")]
+        return {i for span in spans for i in range(int(span[0]), int(span[-1]) + 1)}
+
+    def methods(self) -> dict[str, Any]:
+        """What is chosen otherwise."""
+        return {name: getattr(self, name) for name in self.model_fields_set - {"match"}}

@@ -1,0 +1,38 @@
+"""What the cache has to know of a model's layers, before anything is allocated."""
+
+from typing import NamedTuple
+
+from pikv_megatron.layer_options import LayerOptions
+from pikv_megatron.types import KVShape
+
+
+class LayerShape(NamedTuple):
+    """One attention layer of a rank.
+
+    Attributes:
+        kv: what a token's keys and values are.
+        num_heads: np, query heads.
+        softmax_scale: factor on the logits.
+    """
+
+    kv: KVShape
+    num_heads: int
+    softmax_scale: float
+
+
+class LayerSpec(NamedTuple):
+    """One attention layer and the methods of its cache.
+
+    Attributes:
+        number: of the layer, from 1.
+        kv: what a token's keys and values are.
+        num_heads: np, query heads.
+        softmax_scale: factor on the logits.
+        options: what is chosen for this layer.
+    """
+
+    number: int
+    kv: KVShape
+    num_heads: int
+    softmax_scale: float
+    options: LayerOptions

@@ -1,0 +1,52 @@
+"""How much the pages of a step's sequences matter to its queries, by what home knows of them.
+
+Legend: n sequences, np query heads, hn head width, G ranks, m columns of a rank, M = G * m.
+"""
+
+from typing import Callable
+
+import torch
+
+from pikv_megatron.types import Directory
+
+Judge = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Ask:
+    """What routers and selectors are asked with; pages are scored once, when first asked for.
+
+    Args:
+        query: [n, np, hn], after RoPE.
+        directory: of the same n sequences.
+        judge: gives page logits and scores for the query, see `PageSketcher.logits`.
+    """
+
+    def __init__(self, query: torch.Tensor, directory: Directory, judge: Judge):
+        self.query = query
+        self.directory = directory
+        self.is_page = directory.is_page.flatten(1)
+        self._judge = judge
+        self._scored: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def page_logits(self) -> torch.Tensor:
+        """[n, np, M], -inf where there is no page."""
+        return self._scores()[0]
+
+    @property
+    def page_scores(self) -> torch.Tensor:
+        """[n, M], float32, shares of the attention to pages, 0 where there is none."""
+        return self._scores()[1]
+
+    def shard_scores(self) -> torch.Tensor:
+        """[n, N], float32: the shares of a shard's pages, summed."""
+        shares = self.page_scores
+        shard = self.directory.shard.flatten(1)
+        return shares.new_zeros(len(shares), self.directory.num_shards).scatter_add_(
+            1, shard, shares
+        )
+
+    def _scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._scored is None:
+            self._scored = self._judge(self.query)
+        return self._scored

@@ -1,0 +1,34 @@
+"""Heavy hitters stay (H2O, arXiv 2306.14048; paper, Table 3, S_H2O: u = a)."""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from pikv_megatron.retention.base import RetentionOptions, RetentionPolicy
+
+
+class H2OOptions(RetentionOptions):
+    """Pages that had the most attention stay, judged by the prompt's last queries, then by all."""
+
+    name: Literal["h2o"] = "h2o"
+    observation_window: int = Field(
+        32, ge=1, description="last queries of a prompt (or chunk) that every page is judged by"
+    )
+
+    needs_mass: ClassVar[bool] = True
+
+    def build(self):
+        return H2OPolicy()
+
+
+class H2OPolicy(RetentionPolicy):
+    """Attention mass a query, so that old pages are not worth more for their age alone.
+
+    H2O sums over all queries since a token came. Its recent tokens are kept besides; here they are
+    the stream window, whose queries a page has not seen when it is sealed: until one has, it stays.
+    """
+
+    def utility(self, stats):
+        mean = stats.mass.sum(dim=2) / stats.seen.clamp(min=1)
+        return mean.masked_fill(stats.seen == 0, torch.inf)

@@ -1,0 +1,8 @@
+"""The retention policies that `PiKVConfig.retention` can name."""
+
+from pikv_megatron.options import family
+from pikv_megatron.retention.h2o import H2OOptions
+from pikv_megatron.retention.keep_all import KeepAllOptions
+from pikv_megatron.retention.streaming import StreamingOptions
+
+Retention = family(KeepAllOptions, H2OOptions, StreamingOptions)

@@ -1,0 +1,105 @@
+"""What every codec promises: transforms and formats in every combination."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from pikv_megatron.codec.registry import CodecOptions, Format, Transform
+from pikv_megatron.ops.dense_attention import dense_attention
+from pikv_megatron.options import members
+from pikv_megatron.types import KVPages, KVShape, PageList
+
+NG, HN, S = 2, 16, 8
+KV = KVShape(NG, HN, HN, torch.float32, torch.device("cpu"))
+CODECS = list(product(members(Transform), members(Format)))
+KEYS, VALUES = torch.randn(2, NG, 3, S, HN, generator=torch.Generator().manual_seed(0))
+PAGE, SLOTS = torch.tensor([4, 0, 3]), torch.tensor([1, 1, 1])
+
+
+def sealed_pool(transform: str, packing: str, **fields):
+    options = CodecOptions(transform={"name": transform, **fields}, format=packing)
+    codec = options.build(KV, S, 2)
+    if codec.learns:
+        codec.fit(1, KEYS.flatten(1, 2), VALUES.flatten(1, 2))
+    pool = codec.allocate(6)
+    codec.seal(KEYS, VALUES, pool, PAGE, SLOTS)
+    return codec, pool
+
+
+@pytest.mark.parametrize("transform, packing", CODECS)
+@pytest.mark.parametrize("with_buffers", [True, False])
+def test_attention_is_that_over_the_restored_pages_and_the_buffers(
+    transform, packing, with_buffers
+):
+    codec, pool = sealed_pool(transform, packing)
+    buffers = KVPages(*torch.randn(2, NG, 1, S, HN))
+    query = torch.randn(1, 3, 4, HN)
+    sealed = PageList(pool, torch.tensor([[3, 5, 4]]), torch.tensor([[S, 0, S]]).int())
+    opened = PageList(buffers, torch.tensor([[0]]), torch.tensor([[5]]).int())
+    plain = [opened] if with_buffers else []
+    state, mass = codec.attend(query, sealed, plain, 0.25, torch.tensor([1]), with_mass=True)
+
+    parts = [codec.restore(pool, torch.tensor([3, 4]), SLOTS[:2]), (buffers.keys, buffers.values)]
+    dense = [torch.cat([t.flatten(1, 2) for t in kind], dim=1)[:, None] for kind in zip(*parts)]
+    mask = torch.arange(3 * S)[None] < 2 * S + 5 * with_buffers
+    expected = dense_attention(query, *dense, mask, 0.25)
+    torch.testing.assert_close(state.out, expected.out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(state.lse, expected.lse, atol=1e-5, rtol=1e-4)
+    keys = dense[0].repeat_interleave(2, dim=0)[:, 0, : mask.sum()]
+    weights = (torch.einsum("qhw,htw->qht", query[0], keys) * 0.25).softmax(2)
+    for column, first in ((0, 0), (2, S)):
+        share = weights[:, :, first : first + S].sum(2)
+        torch.testing.assert_close(mass[0, :, :, column], share, atol=1e-5, rtol=1e-4)
+    assert not mass[..., 1].any()
+
+
+@pytest.mark.parametrize("transform, packing", CODECS)
+def test_a_page_that_is_not_read_leaves_no_trace(transform, packing):
+    codec, pool = sealed_pool(transform, packing)
+    nothing = PageList(pool, torch.tensor([[5]]), torch.tensor([[0]]).int())
+    query = torch.randn(1, 1, 4, HN)
+    state, _ = codec.attend(query, nothing, [], 0.25, torch.tensor([1]))
+    assert (state.lse == -torch.inf).all() and not state.out.any()
+
+
+def test_the_svd_leaves_what_the_formula_says():
+    """The squared error is the sum of the squared singular values beyond the rank (Table 2)."""
+    for rank in (1, 5, HN):
+        codec, pool = sealed_pool("svd", "plain", rank=rank)
+        for restored, whole in zip(codec.restore(pool, PAGE, SLOTS), (KEYS, VALUES)):
+            for head in range(NG):
+                tokens = whole[head].flatten(0, 1)
+                values = torch.linalg.svdvals(tokens - tokens.mean(0))
+                error = (restored[head].flatten(0, 1) - tokens).square().sum()
+                torch.testing.assert_close(error, values[rank:].square().sum(), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packing, tolerance", [("plain", 0.0), ("int8", 0.02), ("int4", 0.3)])
+def test_formats_restore_numbers_to_half_a_step(packing, tolerance):
+    codec, pool = sealed_pool("identity", packing)
+    for restored, whole in zip(codec.restore(pool, PAGE, SLOTS), (KEYS, VALUES)):
+        assert (restored - whole).abs().max() <= tolerance
+
+
+def bytes_of(codec, num_pages: int) -> int:
+    return sum(t.nbytes for t in codec.allocate(num_pages) if t is not None)
+
+
+@pytest.mark.parametrize("fields, factor", [
+    ({"format": "int8"}, 1.8), ({"format": "int4"}, 3.2), ({"transform": "svd"}, 2.0),
+    ({"transform": "svd", "format": "int4"}, 5.5),
+])
+def test_saved_bytes_are_saved(fields, factor):
+    kv = KVShape(8, 128, 128, torch.bfloat16, torch.device("cpu"))
+    plain, packed = (CodecOptions(**f).build(kv, 64, 0) for f in ({}, fields))
+    assert bytes_of(plain, 10) >= factor * bytes_of(packed, 10)
+
+
+@pytest.mark.parametrize("fields, page_size, named", [
+    ({"transform": {"name": "svd", "rank": 17}}, 8, "codec.transform.rank 17"),
+    ({"format": "int4"}, 7, "page_size 7 must be a multiple of 2"),
+])
+def test_what_does_not_fit_is_refused(fields, page_size, named):
+    with pytest.raises(ValueError, match=named):
+        CodecOptions(**fields).build(KV, page_size, 1)
