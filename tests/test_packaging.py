@@ -26,20 +26,24 @@ LOADERS = {
 
 # A room imports from the rows above its own only. Rooms that are not named may import all of them.
 LAYERS = [
-    {"config"},
-    {"types", "registry"},
+    {"types", "options"},
     {"ops"},
-    {"router", "selector", "scheduler", "compression", "sketch"},
-    {"cache"},
+    {"relevance"},
+    {"router", "selector", "retention", "codec", "sketch"},
+    {"layer_options"},
+    {"layer_spec"},
+    {"config"},
     {"parallel"},
+    {"cache"},
+    {"runtime"},
     {"transformer"},
-    {"parallel/process_groups.py"},
     {"checkpoint"},
     {"inference"},
 ]
 # Where Megatron-Core and DeepSpeed may be imported; dispatchers may use DeepSpeed's collectives.
 INTEGRATION = {
-    "transformer", "inference", "checkpoint", "demo", "benchmarks", "parallel/process_groups.py",
+    "runtime", "transformer", "inference", "checkpoint", "demo", "benchmarks",
+    "evaluation",
 }
 
 
@@ -90,7 +94,7 @@ def wheel_names(tmp_path_factory) -> set[str]:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("pikv_megatron", "kernels"):
+    for name in ("pikv_megatron", "kernels", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps",
@@ -105,7 +109,11 @@ def test_wheel_holds_every_module(wheel_names):
     expected = {f"pikv_megatron/{p.relative_to(PACKAGE)}" for p in python_files(PACKAGE)}
     kernels = ROOT / "kernels"
     expected |= {f"pikv_kernels/{p.relative_to(kernels)}" for p in python_files(kernels)}
+    presets = ROOT / "configs/pikv"
+    expected.add("pikv_megatron/presets/__init__.py")
     assert expected == {name for name in wheel_names if name.endswith(".py")}
+    shipped = {f"pikv_megatron/presets/{path.name}" for path in presets.glob("*.yaml")}
+    assert shipped == {name for name in wheel_names if name.endswith(".yaml")}
     assert any(name.endswith("/LICENSE") for name in wheel_names)
 
 

@@ -2,114 +2,190 @@
 
 The home rank sends every token to its shard, so it can count along with the owners: it knows which
 flush seals a page, and makes the page's sketch itself, without a message from the owner. That costs
-a copy of the keys in its own sequences' token buffers.
+a copy of the keys in its own sequences' token buffers. Which pages an owner dropped, it is told.
 
-Legend: ng KV heads, hn head width, S tokens a page, G ranks, n sequences, m pages of one on a rank.
+Legend: ng KV heads, hn head width, S tokens a page, G ranks, n sequences, m columns of a rank.
 """
 
 import torch
 
+from pikv_megatron.cache.first_pages import fit_new
 from pikv_megatron.cache.free_list import FreeList
 from pikv_megatron.cache.ledger import PageLedger
+from pikv_megatron.cache.page_table import PageTable
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.cache.widen import widen, widen_fields
-from pikv_megatron.sketch.base import PageSketcher
-from pikv_megatron.types import Directory
+from pikv_megatron.layer_spec import LayerSpec
+from pikv_megatron.ops.attend_means import attend_means
+from pikv_megatron.relevance import Ask
+from pikv_megatron.types import AttentionState, Directory
 
 
 class PageDirectory:
     """One row for each (sequence of this rank, owner), which lists pages as the owner does.
 
     Args:
+        spec: the layer; its sketch is what is remembered of a page.
         placement: which rank owns which shard.
-        num_slots: sequences of this home rank.
-        max_pages: most pages that one sequence can have on one rank.
         page_size: S.
-        num_groups: ng.
-        head_dim: hn.
-        sketcher: what is remembered of a page.
+        num_slots: sequences of this home rank.
+        max_pages: most pages that one sequence can fill on one rank.
     """
 
     def __init__(
-        self, placement: Placement, num_slots: int, max_pages: int, page_size: int,
-        num_groups: int, head_dim: int, sketcher: PageSketcher, dtype: torch.dtype,
-        device: torch.device,
+        self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
+        max_pages: int,
     ):
+        kv, device = spec.kv, spec.kv.device
         self._placement = placement
         self._num_slots = num_slots
-        self._sketcher = sketcher
+        self._page_size = page_size
+        self._softmax_scale = spec.softmax_scale
+        self._sketcher = spec.options.sketch.build(kv, page_size, num_slots)
         rows = num_slots * placement.num_ranks
         self._ledger = PageLedger(rows, placement.shards_per_rank, page_size, device)
-        heads = {"keys": (num_groups, head_dim)}
-        self._buffers = TokenBuffers(self._ledger, heads, {}, dtype, device)
-        self._table = torch.zeros(rows, max_pages + 1, dtype=torch.int64, device=device)
+        heads = {"keys": (kv.num_groups, kv.key_width)}
+        self._mean_value = None
+        if spec.options.selector.tail == "mean":
+            heads["values"] = kv.num_groups, kv.value_width
+            self._mean_value = torch.zeros(
+                kv.num_groups, 1, kv.value_width, dtype=kv.dtype, device=device
+            )
+        self._buffers = TokenBuffers(self._ledger, heads, {}, kv.dtype, device)
+        self.table = PageTable(rows, max_pages, device)
         self._free = FreeList(device)
         # The last entry takes writes that are to be lost.
-        self._sketch = sketcher.allocate(num_groups, 1, page_size, head_dim, dtype, device)
-        self._shard = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self.sketch = self._sketcher.allocate(1)
+        self.shard = torch.zeros(1, dtype=torch.int64, device=device)
+        # What is listed changes with a flush only.
+        self._views: dict[tuple, tuple[Directory, torch.Tensor]] = {}
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether the tail of a selection can be estimated."""
+        return self._mean_value is not None
 
     def reserve(self, num_pages: int) -> None:
         """See that `num_pages` more pages can be noted."""
+        self._views.clear()
         missing = self._free.missing(num_pages)
         if missing:
             self._free.add(missing)
-            self._sketch = widen_fields(self._sketch, missing)
-            self._shard = widen(self._shard, missing, 0)
+            self.sketch = widen_fields(self.sketch, missing)
+            self.shard = widen(self.shard, missing, 0)
+            if self._mean_value is not None:
+                self._mean_value = widen(self._mean_value, missing, 1)
 
     def note(self, block: TokenBlock) -> None:
         """Take down tokens that leave for their shards; `slot` counts over the whole group."""
-        admission, pages = self._buffers.insert(self._group(block), {"keys": block.keys})
+        tokens = {name: getattr(block, name) for name in self._buffers.tensors}
+        admission, pages = self._buffers.insert(self._group(block), tokens)
         if not pages:
             return
-        self.reserve(admission.is_page.numel())
-        place = self._free.allocate(admission.is_page)
-        column = torch.where(admission.is_page, admission.page_column, self._table.shape[1] - 1)
-        self._table[admission.page_row, column] = place
-        self._sketcher.write(pages["keys"], self._sketch, place)
-        owner = admission.page_row % self._placement.num_ranks
+        self._views.clear()
+        is_page, row = admission.is_page, admission.page_row
+        self.reserve(is_page.numel())
+        place = self._free.allocate(is_page)
+        self.table.append(row, admission.page_order, place, is_page)
+        slots = row // self._placement.num_ranks
+        if self._sketcher.learns:
+            fit_new(self._sketcher, slots, is_page, pages["keys"])
+        self._sketcher.write(pages["keys"], self.sketch, place, slots)
         local = admission.page_group % self._placement.shards_per_rank
-        self._shard[place] = torch.where(
-            admission.is_page, local * self._placement.num_ranks + owner, -1
+        self.shard[place] = local * self._placement.num_ranks + row % self._placement.num_ranks
+        if self._mean_value is not None:
+            mean = pages["values"].float().mean(dim=2)
+            self._mean_value[:, place] = mean.to(self._mean_value.dtype)
+
+    def ask(
+        self, query: torch.Tensor, slots: torch.Tensor, key: tuple[int, ...], num_columns: int
+    ) -> Ask:
+        """What is known for a step's queries.
+
+        Args:
+            query: [n, np, hn].
+            slots: [n], int64, their sequences on this rank.
+            key: the same sequences, as the host knows them.
+            num_columns: m.
+        """
+        if (key, num_columns) not in self._views:
+            self._views[key, num_columns] = self._view(slots, num_columns)
+        directory, lens = self._views[key, num_columns]
+
+        def judge(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            table = directory.table.flatten(1)
+            return self._sketcher.logits(
+                query, self.sketch, table, lens, slots, self._softmax_scale
+            )
+
+        return Ask(query, directory, judge)
+
+    def tail(self, ask: Ask, columns: torch.Tensor) -> AttentionState:
+        """Attention to the pages that are not read, each by its estimated mass and mean value.
+
+        Args:
+            columns: [n, k], int64, the pages that are read, of all ranks; -1 for none.
+        """
+        is_read = torch.zeros_like(ask.is_page).long()
+        is_read.scatter_add_(1, columns.clamp(min=0), (columns >= 0).long())
+        is_tail = ask.is_page & (is_read == 0)
+        return attend_means(
+            ask.page_logits, is_tail, self._mean_value, ask.directory.table.flatten(1)
         )
 
-    def look_up(self, slots: torch.Tensor, num_columns: int) -> Directory:
-        """The pages of the sequences `slots` [n] of this rank; m is `num_columns`."""
-        ranks = self._placement.num_ranks
-        rows = slots.unsqueeze(1) * ranks + torch.arange(ranks, device=slots.device)
-        column = torch.arange(num_columns, device=slots.device)
-        is_page = column < self._ledger.num_pages[rows].unsqueeze(2)
-        table = torch.where(is_page, self._table[rows, :num_columns], self._free.num_pages)
-        shard = torch.where(is_page, self._shard[table], -1)
-        return Directory(self._sketch, table, is_page, shard)
+    def apply(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
+        """Forget what owners dropped.
+
+        Args:
+            slots: [r], int64, sequences of this rank.
+            drop: [r, G, m], bool, by the owners' columns.
+        """
+        self._views.clear()
+        pages, is_dropped = self.table.apply(self._rows(slots).flatten(), drop.flatten(0, 1))
+        if pages.numel():
+            self._free.release_some(pages.flatten(), is_dropped.flatten())
 
     def release(self, slot: int) -> None:
         """Forget a sequence of this rank."""
-        for row in self._rows(slot):
-            self._free.release(self._pages(row))
+        self._views.clear()
+        ranks = self._placement.num_ranks
+        for row in range(slot * ranks, (slot + 1) * ranks):
+            self._free.release(self.table.pages_of(row))
+            self.table.clear(row)
             self._ledger.clear(row)
+        self._sketcher.forget(slot)
 
     def tensors(self) -> list[torch.Tensor]:
-        own = [*self._buffers.tensors.values(), *self._ledger.tensors(), *self._free.tensors()]
-        sketch = [t for t in self._sketch if isinstance(t, torch.Tensor)]
-        return own + sketch + [self._table, self._shard]
+        own = [*self._buffers.tensors.values(), *self.table.tensors(), *self._ledger.tensors()]
+        kept = [*self.sketch, self._mean_value, self.shard, *self._free.tensors()]
+        return own + self._sketcher.tensors() + [t for t in kept if isinstance(t, torch.Tensor)]
 
     def check_integrity(self) -> None:
         """Every entry is free or belongs to exactly one row."""
         rows = range(self._num_slots * self._placement.num_ranks)
-        used = [self._pages(row) for row in rows]
+        used = [self.table.pages_of(row) for row in rows]
         every = torch.cat([*used, self._free.pages()]).sort().values
         assert torch.equal(every, torch.arange(self._free.num_pages, device=every.device)), (
             "directory entries lost or held twice"
         )
 
-    def _rows(self, slot: int) -> range:
+    def _rows(self, slots: torch.Tensor) -> torch.Tensor:
+        """[n, G], the rows of the sequences `slots` [n]."""
         ranks = self._placement.num_ranks
-        return range(slot * ranks, (slot + 1) * ranks)
+        return slots.unsqueeze(1) * ranks + torch.arange(ranks, device=slots.device)
 
-    def _pages(self, row: int) -> torch.Tensor:
-        return self._table[row, : int(self._ledger.num_pages[row])]
+    def _view(
+        self, slots: torch.Tensor, num_columns: int
+    ) -> tuple[Directory, torch.Tensor]:
+        """The pages of sequences, and their lengths [n, G * m], int32, 0 for padding."""
+        rows = self._rows(slots)
+        is_page = self.table.is_page(rows, num_columns)
+        table = torch.where(is_page, self.table.page[rows, :num_columns], self._free.num_pages)
+        shard = self.shard[table]
+        directory = Directory(slots, table, is_page, shard, self._placement.num_shards)
+        return directory, is_page.flatten(1).int() * self._page_size
 
     def _group(self, block: TokenBlock) -> torch.Tensor:
         placement = self._placement

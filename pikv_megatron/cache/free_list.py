@@ -12,7 +12,8 @@ class FreeList:
 
     def __init__(self, device: torch.device):
         self.num_pages = 0
-        self._free = torch.empty(0, dtype=torch.int64, device=device)
+        # One place more takes writes that are to be lost.
+        self._free = torch.empty(1, dtype=torch.int64, device=device)
         self._num_free = torch.zeros((), dtype=torch.int64, device=device)
         self._free_at_least = 0  # host's lower bound on _num_free, spares a synchronisation
 
@@ -31,7 +32,7 @@ class FreeList:
         free = self.pages()
         first, last = self.num_pages - 1, self.num_pages + count - 1
         new = torch.arange(last, first, -1, device=free.device)
-        spare = free.new_empty(self.num_pages - free.numel())
+        spare = free.new_empty(self.num_pages - free.numel() + 1)
         # Older pages lie on top of the stack, so that a sequence's pages tend to be neighbours.
         self._free = torch.cat([new, free, spare])
         self._num_free += count
@@ -54,6 +55,14 @@ class FreeList:
         self._free[first : first + pages.numel()] = pages.flip(0)
         self._num_free += pages.numel()
         self._free_at_least += pages.numel()
+
+    def release_some(self, pages: torch.Tensor, is_released: torch.Tensor) -> None:
+        """Take back the pages [c] for which is_released [c] is True, whose number only the device
+        knows."""
+        order = torch.cumsum(is_released, 0)
+        place = torch.where(is_released, self._num_free + order - 1, self.num_pages)
+        self._free[place] = pages
+        self._num_free += order[-1]
 
     def pages(self) -> torch.Tensor:
         """The free pages."""

@@ -17,7 +17,7 @@ class Admission(NamedTuple):
         page: [t], number of the token's page among those of the block; -1: stays in the buffer.
         page_group: [c], group of each page; of padding, some group.
         page_row: [c], row of each page.
-        page_column: [c], place in the row's list of pages.
+        page_order: [c], place among the row's pages of this block.
         is_page: [c], bool; False marks padding.
     """
 
@@ -25,7 +25,7 @@ class Admission(NamedTuple):
     page: torch.Tensor
     page_group: torch.Tensor
     page_row: torch.Tensor
-    page_column: torch.Tensor
+    page_order: torch.Tensor
     is_page: torch.Tensor
 
 
@@ -39,7 +39,7 @@ class PageLedger:
 
     Attributes:
         num_tokens: [num_rows * groups_per_row + 1], int64, tokens ever admitted to a group.
-        num_pages: [num_rows], int64, pages filled by a row's groups.
+        num_pages: [num_rows], int64, pages ever filled by a row's groups.
 
     Example:
         S = 4, one row of one group that holds 3 tokens: admitting 6 gives offsets 3, 0, 1, 2, 3, 0
@@ -88,7 +88,7 @@ class PageLedger:
         is_page = number < last[-1]
         page_group = torch.searchsorted(last, number, right=True).clamp_(max=last.numel() - 2)
         row = page_group // self.groups_per_row
-        column = self.num_pages[row] + number - first[row * self.groups_per_row]
+        order = number - first[row * self.groups_per_row]
         self.num_pages += filled[:-1].view(-1, self.groups_per_row).sum(1)
         page = first[group] + index // self.page_size - before[group]
         in_page = index < after[group] * self.page_size
@@ -97,7 +97,7 @@ class PageLedger:
             page=torch.where(in_page, page, -1),
             page_group=page_group,
             page_row=row,
-            page_column=column,
+            page_order=order,
             is_page=is_page,
         )
 

@@ -3,9 +3,16 @@
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from pikv_megatron.config import PiKVConfig
+
+# Which earlier replicas a token has is kept in the bits of an integer.
+MAX_REPLICA_SHARDS = 32
+
 
 class Placement(BaseModel):
     """s(t, e) = (floor(t / b) mod N_tok) XOR (e mod N_exp); shard s belongs to rank s mod G.
+
+    With one expert shard nothing is XORed, and N_tok is any multiple of G.
 
     Example:
         N_tok = 4, N_exp = 2, b = 64, G = 2: token 130 of expert 5 has the token hash
@@ -20,8 +27,26 @@ class Placement(BaseModel):
     num_ranks: int
     rank: int
 
+    @classmethod
+    def resolve(cls, config: PiKVConfig, num_ranks: int, rank: int = 0) -> "Placement":
+        """The placement of a configuration over G expert-parallel ranks: the one definition of N.
+
+        Raises:
+            ValueError: the shards cannot be dealt over the ranks; names both.
+        """
+        placement = cls(
+            token_shards=config.token_shards or num_ranks,
+            expert_shards=config.expert_shards,
+            hash_block=config.hash_block or config.page_size,
+            num_ranks=num_ranks,
+            rank=rank,
+        )
+        placement._check(config.token_shards is None, config.replicas)
+        return placement
+
     @property
     def num_shards(self) -> int:
+        """N, shards of a sequence."""
         return max(self.token_shards, self.expert_shards)
 
     @property
@@ -49,3 +74,23 @@ class Placement(BaseModel):
     def local_shard(self, shard: torch.Tensor) -> torch.Tensor:
         """The owner's own number of each shard."""
         return shard // self.num_ranks
+
+    def _check(self, is_default: bool, replicas: int) -> None:
+        tokens, experts, ranks = self.token_shards, self.expert_shards, self.num_ranks
+        source = "null, the expert-parallel size: " if is_default else ""
+        if experts > 1 and tokens & (tokens - 1):
+            raise ValueError(
+                f"token_shards ({source}{tokens}) must be a power of two beside expert_shards "
+                f"{experts}, as both hashes are XORed; set it, or expert_shards to 1"
+            )
+        if self.num_shards % ranks:
+            raise ValueError(
+                f"expert_parallel_size {ranks} must divide the number of shards "
+                f"{self.num_shards}, the larger of token_shards ({source}{tokens}) and "
+                f"expert_shards {experts}"
+            )
+        if replicas > 1 and self.num_shards > MAX_REPLICA_SHARDS:
+            raise ValueError(
+                f"replicas {replicas} allow at most {MAX_REPLICA_SHARDS} shards, and token_shards "
+                f"is {tokens}: lower it"
+            )

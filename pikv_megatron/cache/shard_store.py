@@ -1,85 +1,83 @@
 """The shards of one layer that a rank owns: token buffers that are sealed into pages.
 
 Legend: n sequences, sq query tokens, np query heads, ng KV heads, hn head width, S tokens a page,
-m pages a sequence, t tokens of a block. A *group* is one (slot, local shard), with a token buffer.
+m columns of a sequence, k pages read, t tokens of a block. A *group* is one (slot, local shard),
+with a token buffer.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 
+from pikv_megatron.cache.first_pages import fit_new
 from pikv_megatron.cache.ledger import Admission, PageLedger
+from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.page_pool import PagePool
+from pikv_megatron.cache.page_statistics import PageStatistics
+from pikv_megatron.cache.page_table import PageTable
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.compression.base import KVCodec
-from pikv_megatron.scheduler.base import RetentionPolicy
+from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.types import AttentionState, KVPages, PageList, PageStats
-
-DROPPED = -1  # in a page table: the column had a page once
-
-
-class OwnerReads(NamedTuple):
-    """What queries that came to an owner read of its part.
-
-    Attributes:
-        slots: [n], int64, their sequences.
-        num_columns: m, at least the pages of any of them here.
-        key: the slots, where the host knows them.
-        visited: [n], int64, bit masks of the visited shards; None for all of them.
-        selected: [n, m], bool, pages to read of those; None for all of them.
-    """
-
-    slots: torch.Tensor
-    num_columns: int
-    key: tuple[int, ...] | None = None
-    visited: torch.Tensor | None = None
-    selected: torch.Tensor | None = None
 
 
 class ShardStore:
     """Token buffers and pages of every sequence of the expert-parallel group, one layer.
 
     Args:
+        spec: the layer.
         placement: which shards this rank owns.
-        num_slots: sequence slots of the whole group.
-        max_pages: most pages that one sequence can have on this rank.
         page_size: S.
-        num_groups: ng.
-        head_dim: hn.
+        num_slots: sequence slots of the whole group.
+        max_pages: most pages that one sequence can fill on this rank.
         has_replicas: whether tokens can be stored in more than one shard.
-        codec: how sealed pages are stored.
-        retention: which of them stay.
+
+    Attributes:
+        on_read: told of every list of pages that queries read; None: nobody asks.
     """
 
     def __init__(
-        self, placement: Placement, num_slots: int, max_pages: int, page_size: int,
-        num_groups: int, head_dim: int, has_replicas: bool, codec: KVCodec,
-        retention: RetentionPolicy, dtype: torch.dtype, device: torch.device,
+        self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
+        max_pages: int, has_replicas: bool,
     ):
+        options, kv = spec.options, spec.kv
         self.placement = placement
         self.page_size = page_size
         self.num_slots = num_slots
+        self.retention = options.retention.build()
+        self._budget = options.budget
+        self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
-        self._codec = codec
-        self._retention = retention
-        self.pool = PagePool(codec, num_groups, page_size, head_dim, has_replicas, dtype, device)
-        # The row behind the last slot is read by padding and never written.
-        self.ledger = PageLedger(num_slots + 1, self._shards, page_size, device)
+        self._codec = options.codec.build(kv, page_size, num_slots)
+        self.pool = PagePool(self._codec, page_size, has_replicas, kv.device)
+        self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
-        heads = dict.fromkeys(("keys", "values"), (num_groups, head_dim))
-        self.buffers = TokenBuffers(self.ledger, heads, metadata, dtype, device)
-        self.page_table = torch.zeros(
-            num_slots + 1, max_pages + 1, dtype=torch.int64, device=device
-        )
+        heads = {
+            "keys": (kv.num_groups, kv.key_width), "values": (kv.num_groups, kv.value_width)
+        }
+        self.buffers = TokenBuffers(self.ledger, heads, metadata, kv.dtype, kv.device)
+        self.table = PageTable(num_slots, max_pages, kv.device)
+        self.statistics = None
+        if options.retention.needs_mass:
+            self.statistics = PageStatistics(kv.num_groups, spec.num_heads, num_slots, kv.device)
         # What is read where nothing is left out changes with a flush only.
-        self._lists: dict[tuple[int, ...], list[PageList]] = {}
+        self._lists: dict[tuple, PageList] = {}
+        self.on_read: Callable[[PageList], None] | None = None
 
     def reserve(self, num_pages: int) -> None:
         """See that `num_pages` pages are free before any token is computed."""
         self._lists.clear()
-        self.pool.reserve(num_pages)
+        grown = self.pool.reserve(num_pages)
+        if grown and self.statistics is not None:
+            self.statistics.widen(grown)
+
+    def num_columns(self, most_pages: int) -> int:
+        """At least the pages that a sequence has here between two flushes, where it has filled at
+        most so many."""
+        if self.retention is None:
+            return most_pages
+        return self._budget.most(most_pages, self._shards)
 
     def insert(self, block: TokenBlock) -> None:
         """Append tokens to their buffers, sealing every buffer that fills up: O(t)."""
@@ -92,12 +90,9 @@ class ShardStore:
         admission, pages = self.buffers.insert(self._group(block), tokens)
         if pages:
             self._seal(admission, pages)
-            keep = self._retention.keep(self._stats())
-            if keep is not None:
-                self._drop(~keep)
 
     def attend(
-        self, query: torch.Tensor, reads: OwnerReads, softmax_scale: float, near: list[PageList],
+        self, query: torch.Tensor, reads: OwnerReads, near: list[PageList]
     ) -> AttentionState:
         """Attention of query [n, sq, np, hn] over this rank's part of n sequences.
 
@@ -106,17 +101,77 @@ class ShardStore:
             near: lists that are attended to besides, in the same softmax.
         """
         sealed, opened = self._list(reads)
-        return self._codec.attend(query, sealed, [opened, *near], softmax_scale)
+        return self._codec.attend(
+            query, sealed, [opened, *near], self._softmax_scale, reads.slots
+        )[0]
+
+    def attend_counting(
+        self, query: torch.Tensor, reads: OwnerReads, near: list[PageList], is_whole: bool
+    ) -> AttentionState:
+        """The same for a decode step's query [n, 1, np, hn], whose masses are counted: at once if
+        this `is_whole` attention, else held until its log-sum-exp is known."""
+        sealed, opened = self._list(reads)
+        state, mass = self._codec.attend(
+            query, sealed, [opened, *near], self._softmax_scale, reads.slots, with_mass=True
+        )
+        pages = torch.where(sealed.lens > 0, sealed.table, -1)
+        if is_whole:
+            self.statistics.add(pages, mass[:, 0])
+            return state
+        self.statistics.hold(reads.slots, pages, mass[:, 0], state.lse[:, 0])
+        return state
+
+    def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
+        """Count the masses of some queries of one sequence.
+
+        Args:
+            query: [1, sq, np, hn].
+            lse: [1, sq, np], of their whole attention.
+            reads: the sequence, with at least the pages that it has before the next `prune`.
+        """
+        sealed = self._sealed(reads, reads.num_columns)
+        state, mass = self._codec.attend(
+            query, sealed, [], self._softmax_scale, reads.slots, with_mass=True
+        )
+        shares = mass * (state.lse - lse).exp().unsqueeze(3)
+        pages = torch.where(sealed.lens > 0, sealed.table, -1)
+        self.statistics.add(pages, shares.sum(dim=1), query.shape[1])
+
+    def prune(self, slots: torch.Tensor, most_pages: int) -> torch.Tensor:
+        """Drop the pages that the budget does not allow.
+
+        Args:
+            slots: [r], int64, each once.
+            most_pages: at least the pages that any of them ever filled here.
+
+        Returns:
+            [r, m], bool, the columns that were dropped.
+        """
+        self._lists.clear()
+        stats = self._stats(slots, most_pages)
+        limit = self._budget.limit(self.ledger.num_pages[slots], self._shards)
+        drop = self.retention.drop(stats, limit)
+        pages, is_dropped = (x.flatten() for x in self.table.apply(slots, drop))
+        if pages.numel():
+            self.pool.free.release_some(pages, is_dropped)
+            if self.statistics is not None:
+                self.statistics.forget(pages, is_dropped)
+        return drop
 
     def release(self, slot: int) -> None:
         """Give back every page and buffer of a sequence."""
         self._lists.clear()
-        self.pool.release(self._pages(slot))
+        self.pool.free.release(self.table.pages_of(slot))
+        self.table.clear(slot)
         self.ledger.clear(slot)
+        self._codec.forget(slot)
+        if self.statistics is not None:
+            self.statistics.release(slot)
 
     def tensors(self) -> list[torch.Tensor]:
-        own = [*self.buffers.tensors.values(), self.page_table]
-        return own + self.ledger.tensors() + self.pool.tensors()
+        own = [*self.buffers.tensors.values(), *self.table.tensors(), *self._codec.tensors()]
+        statistics = [] if self.statistics is None else self.statistics.tensors()
+        return own + self.ledger.tensors() + self.pool.tensors() + statistics
 
     def positions(self, slot: int) -> torch.Tensor:
         """Positions of the tokens stored for a sequence, in no order; replicas each count."""
@@ -124,28 +179,27 @@ class ShardStore:
         position = self.buffers.tensors["position"]
         lens = self.buffers.lens(groups).tolist()
         open_parts = [position[g, :length] for g, length in zip(groups.tolist(), lens)]
-        return torch.cat([self.pool.position[self._pages(slot)].reshape(-1), *open_parts])
+        sealed = self.pool.position[self.table.pages_of(slot)].reshape(-1)
+        return torch.cat([sealed, *open_parts])
 
     def check_integrity(self) -> None:
         """Every page is free or in exactly one table, and the counts agree."""
-        used = [self._pages(slot) for slot in range(self.num_slots)]
-        every = torch.cat([*used, self.pool.free_pages()]).sort().values
+        used = [self.table.pages_of(slot) for slot in range(self.num_slots)]
+        every = torch.cat([*used, self.pool.free.pages()]).sort().values
         assert torch.equal(every, torch.arange(self.pool.null_page, device=every.device)), (
             "pages lost or held twice"
         )
         full = self.ledger.num_tokens[:-1] // self.page_size
-        assert torch.equal(full.view(self.num_slots + 1, -1).sum(1), self.ledger.num_pages), (
-            "page counts disagree with token counts"
-        )
+        filled = full.view(self.num_slots, -1).sum(1)
+        assert torch.equal(filled, self.ledger.num_pages), "page counts disagree with token counts"
+        kept = self.table.count
+        assert bool((kept <= filled).all()), "more pages listed than were filled"
+        assert self.retention is not None or torch.equal(kept, filled), "pages are missing"
 
     def holds(self, slot: int) -> bool:
         """Whether any token of a sequence is stored."""
         first = slot * self._shards
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
-
-    def _pages(self, slot: int) -> torch.Tensor:
-        pages = self.page_table[slot, : int(self.ledger.num_pages[slot])]
-        return pages[pages != DROPPED]
 
     def _group(self, block: TokenBlock) -> torch.Tensor:
         mine = (block.slot >= 0) & (self.placement.owner(block.shard) == self.placement.rank)
@@ -154,57 +208,76 @@ class ShardStore:
 
     def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
         """Store the pages that became full, and list them."""
-        self.pool.reserve(admission.is_page.numel())
-        pages = self.pool.allocate(admission.is_page)
-        column = torch.where(
-            admission.is_page, admission.page_column, self.page_table.shape[1] - 1
-        )
-        self.page_table[admission.page_row, column] = pages
+        self.reserve(admission.is_page.numel())
+        pages = self.pool.free.allocate(admission.is_page)
+        self.table.append(admission.page_row, admission.page_order, pages, admission.is_page)
         local = admission.page_group % self._shards
         shard = local * self.placement.num_ranks + self.placement.rank
         self.pool.shard[pages] = shard.to(torch.int32)
         self.pool.position[pages] = full["position"]
         if self.pool.earlier_shards is not None:
             self.pool.earlier_shards[pages] = full["earlier"]
-        self._codec.seal(full["keys"], full["values"], self.pool.kv, pages)
+        if self.statistics is not None:
+            self.statistics.start(pages)
+        slots, tokens = admission.page_row, (full["keys"], full["values"])
+        if self._codec.learns:
+            fit_new(self._codec, slots, admission.is_page, *tokens)
+        self._codec.seal(*tokens, self.pool.kv, pages, slots)
 
-    def _listed(self, table: torch.Tensor, num_pages: torch.Tensor) -> torch.Tensor:
-        """[..., m]: the columns that hold a page."""
-        is_listed = torch.arange(table.shape[-1], device=table.device) < num_pages.unsqueeze(-1)
-        return is_listed & (table != DROPPED)
+    def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
+        is_page = self.table.is_page(slots, num_columns)
+        pages = torch.where(is_page, self.table.page[slots, :num_columns], self.pool.null_page)
+        newest = self.pool.position[pages, -1].long()
+        if self.statistics is None:
+            return PageStats(is_page, newest)
+        return PageStats(is_page, newest, self.statistics.mass[pages], self.statistics.seen[pages])
 
-    def _stats(self) -> PageStats:
-        table = self.page_table[:-1, :-1]
-        is_page = self._listed(table, self.ledger.num_pages[:-1])
-        return PageStats(table, is_page, self.pool.position, self.pool.shard)
+    def _list(self, reads: OwnerReads) -> tuple[PageList, PageList]:
+        """Pages and token buffers that are read."""
+        num_columns = self.num_columns(reads.num_columns)
+        kept = None if reads.key is None else (num_columns, reads.key)
+        sealed = self._kept(
+            "sealed", kept if reads.is_everything else None,
+            lambda: self._sealed(reads, num_columns),
+        )
+        if self.on_read is not None:
+            self.on_read(sealed)
+        return sealed, self._kept(
+            "open", kept if reads.visited is None else None, lambda: self._open(reads)
+        )
 
-    def _drop(self, unwanted: torch.Tensor) -> None:
-        """Give pages [slots, m] back; their columns stay, so that later ones keep their place."""
-        table = self.page_table[:-1, :-1]
-        unwanted = unwanted & self._listed(table, self.ledger.num_pages[:-1])
-        self.pool.release(table[unwanted])
-        table[unwanted] = DROPPED
+    def _kept(
+        self, name: str, key: tuple | None, make: Callable[[], PageList]
+    ) -> PageList:
+        """The list of a key, made where it was not made since the last flush."""
+        if key is None:
+            return make()
+        if (name, key) not in self._lists:
+            self._lists[name, key] = make()
+        return self._lists[name, key]
 
-    def _list(self, reads: OwnerReads) -> list[PageList]:
-        if reads.key is None or reads.visited is not None or reads.selected is not None:
-            return [self._sealed(reads), self._open(reads)]
-        if reads.key not in self._lists:
-            self._lists[reads.key] = [self._sealed(reads), self._open(reads)]
-        return self._lists[reads.key]
-
-    def _sealed(self, reads: OwnerReads) -> PageList:
-        slots, visited, selected = reads.slots, reads.visited, reads.selected
-        table = self.page_table[slots, : reads.num_columns]
-        is_read = self._listed(table, self.ledger.num_pages[slots])
-        table = torch.where(is_read, table, self.pool.null_page)
-        if selected is not None:
-            is_read = is_read & selected
-        if visited is not None:
-            is_read = is_read & _is_visited(visited.unsqueeze(1), self.pool.shard[table].long())
+    def _sealed(self, reads: OwnerReads, num_columns: int) -> PageList:
+        pages, is_read = self._pages(reads, num_columns)
         mask = None
         if self.pool.earlier_shards is not None:
-            mask = _is_first_replica(self.pool.earlier_shards[table], visited)
-        return PageList(self.pool.kv, table, is_read.int() * self.page_size, mask, notes={})
+            mask = _is_first_replica(self.pool.earlier_shards[pages], reads.visited)
+        return PageList(self.pool.kv, pages, is_read.int() * self.page_size, mask, notes={})
+
+    def _pages(
+        self, reads: OwnerReads, num_columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page numbers [n, k], those that are read first and any behind them, and which of them are
+        read."""
+        pages = self.table.page[reads.slots, :num_columns]
+        if reads.columns is not None:
+            return pages.gather(1, reads.columns.clamp(min=0)), reads.columns >= 0
+        is_read = self.table.is_page(reads.slots, num_columns)
+        if reads.visited is None:
+            return pages, is_read
+        shard = self.pool.shard[torch.where(is_read, pages, self.pool.null_page)].long()
+        is_read &= reads.visited.gather(1, shard)
+        order = is_read.int().argsort(dim=1, descending=True, stable=True)
+        return pages.gather(1, order), is_read.gather(1, order)
 
     def _open(self, reads: OwnerReads) -> PageList:
         slots, visited = reads.slots, reads.visited
@@ -213,8 +286,7 @@ class ShardStore:
         lens = self.buffers.lens(table)
         tensors = self.buffers.tensors
         if visited is not None:
-            shard = local * self.placement.num_ranks + self.placement.rank
-            lens = lens * _is_visited(visited.unsqueeze(1), shard)
+            lens = lens * visited[:, self.placement.rank :: self.placement.num_ranks]
         mask = None
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(tensors["earlier"][table], visited)
@@ -224,8 +296,7 @@ class ShardStore:
 
 def _is_first_replica(earlier: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:
     """True where no visited shard holds a replica of lower order: earlier [n, m, S]."""
-    return (earlier if visited is None else earlier & visited.view(-1, 1, 1)) == 0
-
-
-def _is_visited(visited: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
-    return ((visited >> shard.clamp(min=0)) & 1).bool() & (shard >= 0)
+    if visited is not None:
+        bits = (visited.long() << torch.arange(visited.shape[1], device=visited.device)).sum(dim=1)
+        earlier = earlier & bits.view(-1, 1, 1)
+    return earlier == 0

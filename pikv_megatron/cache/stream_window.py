@@ -3,6 +3,7 @@
 import torch
 
 from pikv_megatron.ops.append_kv import append_kv
+from pikv_megatron.types import KVShape
 
 
 class StreamWindow:
@@ -12,19 +13,18 @@ class StreamWindow:
     `StepPlan` computes it once a step.
 
     Attributes:
-        keys: [ng, slots, num_sinks + capacity, hn].
-        values: [ng, slots, num_sinks + capacity, hn].
+        keys: [ng, slots, num_sinks + capacity, w_k].
+        values: [ng, slots, num_sinks + capacity, w_v].
         expert: [slots * (num_sinks + capacity), replicas], int16, the experts that the layer's
             router chose for a token, best first; None where placement does not ask for it.
     """
 
     def __init__(
-        self, num_groups: int, num_slots: int, size: int, head_dim: int, num_experts_kept: int,
-        dtype: torch.dtype, device: torch.device,
+        self, kv: KVShape, num_slots: int, size: int, num_experts_kept: int
     ):
-        shape = (num_groups, num_slots, size, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape, device = (kv.num_groups, num_slots, size), kv.device
+        self.keys = torch.zeros(*shape, kv.key_width, dtype=kv.dtype, device=device)
+        self.values = torch.zeros(*shape, kv.value_width, dtype=kv.dtype, device=device)
         self.expert = None
         if num_experts_kept:
             self.expert = torch.zeros(
@@ -34,11 +34,17 @@ class StreamWindow:
     def write(
         self, slots: torch.Tensor, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Store tokens [ng, t, hn] at places [t] of the windows `slots` [t]."""
+        """Store tokens [ng, t, w] at places [t] of the windows `slots` [t]."""
         append_kv(keys, values, self.keys, self.values, slots, places)
 
+    def write_experts(
+        self, slots: torch.Tensor, places: torch.Tensor, experts: torch.Tensor
+    ) -> None:
+        """Store the experts [t, replicas] of those tokens."""
+        self.expert[slots * self.keys.shape[2] + places] = experts
+
     def read(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [ng, t, hn] at flat places [t]."""
+        """Keys and values [ng, t, w] at flat places [t]."""
         return tuple(t.flatten(1, 2).index_select(1, places) for t in (self.keys, self.values))
 
     def tensors(self) -> list[torch.Tensor]:

@@ -2,15 +2,18 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from pikv_megatron.parallel.packet import pack_rows, unpack_rows
 
 
 class TokenBlock(NamedTuple):
     """Tokens on their way to shards, those of a sequence in the order of their positions.
 
     Attributes:
-        keys: [ng, t, hn], after RoPE.
-        values: [ng, t, hn].
+        keys: [ng, t, w_k], after RoPE.
+        values: [ng, t, w_v].
         slot: [t], int64, sequence slot in the expert-parallel group; -1 marks padding.
         shard: [t], int64.
         position: [t], int64.
@@ -23,3 +26,16 @@ class TokenBlock(NamedTuple):
     shard: Tensor
     position: Tensor
     earlier_shards: Tensor
+
+    def packed(self) -> Tensor:
+        """[t, bytes], uint8, for the journey."""
+        return pack_rows(self._by_token())
+
+    def unpacked(self, rows: Tensor) -> "TokenBlock":
+        """The block that rows [t', bytes] hold, of the same types and widths."""
+        header, keys, values = unpack_rows(rows, self._by_token())
+        return TokenBlock(keys.transpose(0, 1), values.transpose(0, 1), *header.unbind(1))
+
+    def _by_token(self) -> list[Tensor]:
+        header = torch.stack([self.slot, self.shard, self.position, self.earlier_shards], dim=1)
+        return [header, self.keys.transpose(0, 1), self.values.transpose(0, 1)]

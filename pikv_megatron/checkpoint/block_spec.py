@@ -14,7 +14,7 @@ from pikv_megatron.checkpoint.projection_norm import (
     QueryProjectionNorm,
     clip_values,
 )
-from pikv_megatron.transformer.norms import FittingNorm, fit_layer_norms
+from pikv_megatron.runtime.norms import FittingNorm, fit_layer_norms
 
 
 def layer_spec(architecture: Architecture) -> TransformerBlockSubmodules:

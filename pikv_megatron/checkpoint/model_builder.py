@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.block_spec import has_transformer_engine, layer_spec
-from pikv_megatron.transformer.cpu_fallback import apply_cpu_fallback
+from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
 
 __all__ = ["GPTConfig", "build_model", "identity", "layer_spec", "transformer_config"]
 

@@ -1,77 +1,75 @@
-"""Dispatch by all-gather: every rank sees every query, and all shapes are fixed."""
+"""Dispatch by all-gather: every rank sees every row, and all shapes are fixed."""
+
+from collections.abc import Sequence
 
 import deepspeed.comm as dist
 import torch
 
-from pikv_megatron.cache.placement import Placement
-from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.parallel.dispatcher import (
     COMBINE_OP,
     FLUSH_OP,
     QUERY_OP,
     KVDispatcher,
-    PendingQuery,
-    merge_parts,
-    pack_states,
-    shard_bits,
 )
+from pikv_megatron.parallel.packet import pack_rows, unpack_rows
 
 
 class AllGatherDispatcher(KVDispatcher):
     """Two collectives a layer; rows are padded to the largest number on any rank.
 
     Args:
-        placement: which rank owns which shard.
         group: the expert-parallel process group.
     """
 
-    def __init__(self, placement: Placement, group):
-        super().__init__(placement)
+    def __init__(self, group):
+        super().__init__(group.size(), group.rank())
         self.group = group
 
-    def dispatch(self, query, plan, reads):
-        gathered, work = self._gather(_pad(query, plan.max_rows), QUERY_OP, async_op=True)
-        bits, pages = shard_bits(reads.shards), reads.pages
-        if bits is not None:
-            bits, _ = self._gather(_pad(bits, plan.max_rows), QUERY_OP)
-        if pages is not None:
-            pages, _ = self._gather(_pad(pages, plan.max_rows), QUERY_OP)
-            pages = pages[:, self.placement.rank]
-        padded = plan.padded_reads._replace(visited=bits, selected=pages)
-        return PendingQuery(gathered, padded, work)
+    def post(self, rows, own, counts, goes_to=None):
+        fields = [rows] if own is None else [rows, own]
+        route = self.everywhere(counts)
+        packed = pack_rows(fields)
+        route.arrived, route.work = self._gather(packed, counts, QUERY_OP, async_op=True)
+        return route
 
-    def combine(self, pending, store, query, near, softmax_scale):
-        near_state, _ = decode_attention(query, [near], softmax_scale)
-        pending.work.wait()
-        packed = pack_states(store.attend(pending.query, pending.reads, softmax_scale, []))
+    def wait(self, route, rows, own):
+        route.work.wait()
+        arrived = _strip(route.arrived, route.counts)
+        fields = unpack_rows(arrived, [rows] if own is None else [rows, own])
+        return fields[0], None if own is None else fields[1][:, self.rank]
+
+    def give_back(self, route, results, name=COMBINE_OP):
+        padded = [_pad(part, max(route.counts)) for part in results.split(list(route.counts))]
+        packed = torch.stack(padded)
         home = torch.empty_like(packed)
-        dist.all_to_all_single(home, packed, group=self.group, log_name=COMBINE_OP)
-        parts = home.unflatten(0, (self.placement.num_ranks, -1))
-        return merge_parts(parts[:, : query.shape[0]], near_state)
+        dist.all_to_all_single(home, packed, group=self.group, log_name=name)
+        return home[:, : route.num_rows]
 
-    def send(self, block, plan, copies):
-        most = max(plan.flush.count_by_rank) * copies
-        header = torch.stack(
-            [block.slot, block.shard, block.position, block.earlier_shards], dim=1
-        )
-        tokens = torch.stack([block.keys, block.values]).permute(2, 0, 1, 3)  # [t, 2, ng, hn]
-        header, _ = self._gather(_pad(header, most, fill=-1), FLUSH_OP)
-        tokens, _ = self._gather(_pad(tokens, most), FLUSH_OP)
-        keys, values = tokens.permute(1, 2, 0, 3)
-        return TokenBlock(keys, values, *header.unbind(1))
+    def send(self, rows, owner, counts):
+        arrived, _ = self._gather(rows, counts, FLUSH_OP)
+        return _strip(arrived, counts)
 
-    def _gather(self, rows: torch.Tensor, name: str, async_op: bool = False):
-        gathered = rows.new_empty(self.placement.num_ranks * rows.shape[0], *rows.shape[1:])
+    def _gather(
+        self, rows: torch.Tensor, counts: Sequence[int], name: str, async_op: bool = False
+    ):
+        """[t, bytes] of every rank -> [G, most, bytes]."""
+        padded = _pad(rows, max(counts)).contiguous()
+        gathered = rows.new_empty(self.num_ranks, *padded.shape)
         work = dist.all_gather_into_tensor(
-            gathered, rows.contiguous(), group=self.group, async_op=async_op, log_name=name
+            gathered.flatten(0, 1), padded, group=self.group, async_op=async_op, log_name=name
         )
         return gathered, work
 
 
-def _pad(rows: torch.Tensor, count: int, fill: int = 0) -> torch.Tensor:
+def _pad(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Pad the first dimension to `count` rows."""
     if rows.shape[0] == count:
         return rows
-    missing = rows.new_full((count - rows.shape[0], *rows.shape[1:]), fill)
-    return torch.cat([rows, missing])
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
+
+
+def _strip(gathered: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """[G, most, ...] -> [sum of counts, ...], without the padding."""
+    if min(counts) == gathered.shape[1]:
+        return gathered.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts)])

@@ -1,104 +1,112 @@
-"""How queries and tokens travel between the ranks of the expert-parallel group.
+"""How rows of numbers travel between the ranks of the expert-parallel group, whatever they mean.
 
-Legend: n sequences of this home rank, sq query tokens, np query heads, hn head width.
+Legend: n rows of this home rank, R rows that came to this owner, G ranks.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pikv_megatron.cache.placement import Placement
-from pikv_megatron.cache.shard_store import OwnerReads, ShardStore
-from pikv_megatron.cache.step_plan import StepPlan
-from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.ops.merge_states import merge_states
-from pikv_megatron.types import AttentionState, PageList, Reads
-
 QUERY_OP, COMBINE_OP, FLUSH_OP = "pikv_query", "pikv_combine", "pikv_flush"
 
 
 @dataclass
-class PendingQuery:
-    """Queries under way to the owners.
+class Route:
+    """Which rows went where.
 
     Attributes:
-        query: what this rank is to attend to for others, [rows, sq, np, hn], once it arrived.
-        reads: what those rows read here.
-        work: the collective to wait for, or None.
-        route: what the dispatcher needs to send the results home.
+        counts: rows of each home rank, known to all.
+        num_rows: n.
+        sent: rows to each owner.
+        received: rows from each home rank.
+        places: [sent rows, 2] int64, owner and row of each; None: every row went to all.
+        work: a collective to wait for.
+        arrived: what it fills.
     """
 
-    query: torch.Tensor
-    reads: OwnerReads
+    counts: Sequence[int]
+    num_rows: int
+    sent: list[int] | None = None
+    received: list[int] | None = None
+    places: torch.Tensor | None = None
     work: Any = None
-    route: Any = None
+    arrived: torch.Tensor | None = None
 
 
 class KVDispatcher(ABC):
-    """Brings queries to the owners of shards, their results home, and tokens to their shards."""
+    """Brings rows to owners, their results home, and tokens to their shards.
 
-    def __init__(self, placement: Placement):
-        self.placement = placement
+    Args:
+        num_ranks: G.
+        rank: this one.
+    """
+
+    def __init__(self, num_ranks: int, rank: int):
+        self.num_ranks = num_ranks
+        self.rank = rank
+
+    def everywhere(self, counts: Sequence[int]) -> Route:
+        """The route of rows that all owners have, of which counts [G] are each home rank's."""
+        own = counts[self.rank]
+        return Route(counts, own, [own] * self.num_ranks, list(counts))
 
     @abstractmethod
-    def dispatch(self, query: torch.Tensor, plan: StepPlan, reads: Reads) -> PendingQuery:
-        """Start sending query [n, sq, np, hn], and what it reads, to the owners it visits."""
-
-    @abstractmethod
-    def combine(
-        self, pending: PendingQuery, store: ShardStore, query: torch.Tensor, near: PageList,
-        softmax_scale: float,
-    ) -> AttentionState:
-        """Attend for others, send the results home, and merge what came back for this rank.
+    def post(
+        self, rows: torch.Tensor, own: torch.Tensor | None, counts: Sequence[int],
+        goes_to: torch.Tensor | None = None,
+    ) -> Route:
+        """Start sending rows to owners.
 
         Args:
-            query: [n, sq, np, hn], as given to `dispatch`.
-            near: what this rank attends to for its own rows, while queries travel.
+            rows: [n, ...], the same for every owner.
+            own: [n, G, w], int32, what each owner gets besides; None for nothing.
+            counts: rows of each home rank.
+            goes_to: [n, G], bool, owners that need not get a row; None: all get it. A dispatcher
+                may send more.
         """
 
     @abstractmethod
-    def send(self, block: TokenBlock, plan: StepPlan, copies: int) -> TokenBlock:
-        """Exchange the tokens that leave the windows; returns those for this rank's shards.
+    def wait(
+        self, route: Route, rows: torch.Tensor, own: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What came: rows [R, ...] and own [R, w], by home rank; types are those of the arguments,
+        which are what was posted."""
+
+    @abstractmethod
+    def give_back(
+        self, route: Route, results: torch.Tensor, name: str = COMBINE_OP
+    ) -> torch.Tensor:
+        """Results [R, ...], float32 or int32 -> [G, n, ...] on the home ranks, -inf where a row
+        did not go."""
+
+    @abstractmethod
+    def send(
+        self, rows: torch.Tensor, owner: torch.Tensor, counts: Sequence[int]
+    ) -> torch.Tensor:
+        """Send each of rows [t, bytes] to its owner [t]; returns what came, at least that.
 
         Args:
-            copies: rows of the block for each token of `plan.flush`.
+            counts: rows of each home rank.
         """
 
 
 class LocalDispatcher(KVDispatcher):
     """One rank owns everything: the oracle of the others."""
 
-    def dispatch(self, query, plan, reads):
-        selected = None if reads.pages is None else reads.pages[:, 0]
-        own = plan.own_reads._replace(visited=shard_bits(reads.shards), selected=selected)
-        return PendingQuery(query, own)
+    def __init__(self):
+        super().__init__(1, 0)
 
-    def combine(self, pending, store, query, near, softmax_scale):
-        return store.attend(query, pending.reads, softmax_scale, [near])
+    def post(self, rows, own, counts, goes_to=None):
+        return self.everywhere(counts)
 
-    def send(self, block, plan, copies):
-        return block
+    def wait(self, route, rows, own):
+        return rows, None if own is None else own[:, 0]
 
+    def give_back(self, route, results, name=COMBINE_OP):
+        return results.unsqueeze(0)
 
-def merge_parts(packed: torch.Tensor, near: AttentionState) -> AttentionState:
-    """Merge packed parts [parts, n, sq, np, hn + 1] with what was attended to at home."""
-    out, lse = packed[..., :-1], packed[..., -1]
-    merged = merge_states(
-        torch.cat([out, near.out.float().unsqueeze(0)]), torch.cat([lse, near.lse.unsqueeze(0)])
-    )
-    return AttentionState(merged.out.to(near.out.dtype), merged.lse)
-
-
-def shard_bits(visited: torch.Tensor | None) -> torch.Tensor | None:
-    """[n, num_shards] bool -> [n] int64, bit s set for shard s."""
-    if visited is None:
-        return None
-    bit = 1 << torch.arange(visited.shape[1], device=visited.device)
-    return (visited * bit).sum(dim=1)
-
-
-def pack_states(state: AttentionState) -> torch.Tensor:
-    """[..., hn] and [...] -> [..., hn + 1], float32, so that one collective carries both."""
-    return torch.cat([state.out.float(), state.lse.unsqueeze(-1)], dim=-1)
+    def send(self, rows, owner, counts):
+        return rows

@@ -1,16 +1,12 @@
 """Megatron self-attention that reads and writes a PiKV cache.
 
-Legend: sq new tokens, b rows of the batch (n of them real), np query heads, ng KV heads, hn head
-width, h hidden size.
+Legend: sq new tokens, b rows of the batch, t tokens of them that are real, np query heads, ng KV
+heads, hn head width, h hidden size.
 """
 
-import math
-
 import torch
-from megatron.core.models.common.embeddings.rope_utils import (
-    _apply_rotary_pos_emb_bshd,
-    apply_rotary_pos_emb,
-)
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from megatron.core.transformer.attention import SelfAttention
 
 from pikv_megatron.config import PiKVConfig
@@ -53,34 +49,19 @@ class PiKVSelfAttention(SelfAttention):
             )
         if kwargs.get("packed_seq_params") is not None:
             raise ValueError("packed_seq_params: packed sequences are not supported under PiKV")
-        return self._forward_cached(hidden_states, attention_mask, context, rotary_pos_emb)
+        return self._forward_cached(hidden_states, context, rotary_pos_emb)
 
-    def _forward_cached(self, hidden_states, attention_mask, context, rotary_pos_emb):
+    def _forward_cached(self, hidden_states, context, rotary_pos_emb):
         plan = context.step(self.layer_number, hidden_states)
-        query, key, value = self.get_query_key_value_tensors(hidden_states)[:3]
+        sq, b = hidden_states.shape[:2]
+        states = self.get_query_key_value_tensors(hidden_states)[:3]
+        # Tokens of a row lie side by side; b is 1 but under Megatron's engine.
+        query, key, value = (x.transpose(0, 1).flatten(0, 1)[: plan.num_tokens] for x in states)
         query, key = self._rotate(query, key, rotary_pos_emb, plan)
-        cache = self._cache(context, key)
-        real = slice(0, plan.num_rows)
-        if plan.is_prefill and not plan.reads_shards:
-            cache.hold(key[:, real], value[:, real], plan)
-            output = self.core_attention(
-                query, key, value, attention_mask, attn_mask_type=self.attn_mask_type
-            )
-            return self.linear_proj(output)
-        output = cache.attend(query[:, real], key[:, real], value[:, real], plan)
-        if plan.num_rows < query.shape[1]:
-            padded = torch.zeros_like(query)
-            padded[:, real] = output
-            output = padded
-        return self.linear_proj(output.flatten(2))
-
-    def _cache(self, context: PiKVInferenceContext, key: torch.Tensor):
-        scale = self.config.softmax_scale
-        if scale is None:
-            scale = 1.0 / math.sqrt(self.hidden_size_per_attention_head)
-        return context.layer(
-            self.layer_number, key.shape[2], key.shape[3], scale, key.dtype, key.device
-        )
+        output = context.layers[self.layer_number].attend(query, key, value, plan).flatten(1)
+        if plan.num_tokens < sq * b:
+            output = F.pad(output, (0, 0, 0, sq * b - plan.num_tokens))
+        return self.linear_proj(output.view(b, sq, -1).transpose(0, 1))
 
     def _rotate(self, query, key, rotary_pos_emb, plan):
         """RoPE at each row's own positions; keys are stored rotated."""
@@ -96,15 +77,13 @@ class PiKVSelfAttention(SelfAttention):
 
     def _rotate_one(self, tensor, table, plan):
         mscale = _yarn_get_concentration_factor_from_config(self.config)
-        if plan.is_prefill:
-            return apply_rotary_pos_emb(
-                tensor, table[: plan.seq_len], config=self.config, mscale=mscale,
-                cp_group=self.pg_collection.cp,
-            )
-        freqs = plan.rotary_rows(table, tensor.shape[1])
-        return _apply_rotary_pos_emb_bshd(
-            tensor, freqs, rotary_interleaved=self.config.rotary_interleaved, mscale=mscale
-        )
+        cos, sin = plan.rotary(table, mscale, tensor.dtype)
+        width = cos.shape[2]
+        whole = width == tensor.shape[2]
+        part = tensor if whole else tensor[..., :width]
+        turned = _rotate_half(part.unsqueeze(1), self.config.rotary_interleaved).squeeze(1)
+        rotated = part * cos + turned * sin
+        return rotated if whole else torch.cat([rotated, tensor[..., width:]], dim=2)
 
 
 def _refuse_unsupported(config, pikv_config: PiKVConfig) -> None:

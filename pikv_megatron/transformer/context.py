@@ -5,22 +5,22 @@ from typing import Sequence
 import deepspeed.comm as dist
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.cache.directory import PageDirectory
+from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
-from pikv_megatron.cache.step_plan import CachedSequence, StepPlan, StepRow, WindowLayout
+from pikv_megatron.cache.step_plan import StepPlan
+from pikv_megatron.cache.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
-from pikv_megatron.compression.registry import CODECS
 from pikv_megatron.config import PiKVConfig
+from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.parallel.allgather import AllGatherDispatcher
 from pikv_megatron.parallel.alltoall import AllToAllDispatcher
 from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
-from pikv_megatron.parallel.layer_cache import LayerCache
-from pikv_megatron.router.registry import ROUTERS
-from pikv_megatron.scheduler.registry import RETENTION_POLICIES
-from pikv_megatron.selector.registry import SELECTORS
-from pikv_megatron.sketch.registry import SKETCHERS
+from pikv_megatron.sketch.none import NoSketchOptions
+from pikv_megatron.transformer.layer_shapes import layer_shapes
 
 STEP_OP = "pikv_step"
 
@@ -28,43 +28,51 @@ STEP_OP = "pikv_step"
 class PiKVInferenceContext(StaticInferenceContext):
     """Holds every layer's cache and plans every step.
 
-    Two drivers are served. `PiKVForCausalLM` starts sequences and plans ragged steps itself.
-    Megatron's `StaticInferenceEngine` (`legacy=True`) knows nothing of either: the context then
-    reads the batch off the first layer's input, and takes `sequence_len_offset` for its length.
+    Two drivers are served. `Engine` starts sequences and plans ragged steps itself. Megatron's
+    `StaticInferenceEngine` (`legacy=True`) knows nothing of either: the context then reads the
+    batch off the first layer's input, and takes `sequence_len_offset` for its length.
 
     Args:
         max_batch_size: sequences that this home rank holds at once.
         max_sequence_length: tokens a sequence can have.
         config: the cache's configuration.
+        specs: the model's layers, `config.resolve`d.
         ep_group: the expert-parallel group; None for a single rank.
+        pads_evenly: all ranks must forward the same number of tokens.
 
     Raises:
         ValueError: the group's size does not divide the number of shards.
     """
 
     def __init__(
-        self, max_batch_size: int, max_sequence_length: int, config: PiKVConfig, ep_group=None
+        self, max_batch_size: int, max_sequence_length: int, config: PiKVConfig,
+        specs: Sequence[LayerSpec], ep_group=None, pads_evenly: bool = False,
     ):
         super().__init__(max_batch_size, max_sequence_length)
         self.pikv_config = config
         self.ep_group = ep_group
         self.num_ranks = 1 if ep_group is None else ep_group.size()
         self.rank = 0 if ep_group is None else ep_group.rank()
-        num_shards = config.num_shards(self.num_ranks)
-        self.placement = Placement(
-            token_shards=config.token_shards or max(1, num_shards // config.expert_shards),
-            expert_shards=config.expert_shards,
-            hash_block=config.hash_block or config.page_size,
-            num_ranks=self.num_ranks,
-            rank=self.rank,
-        )
+        self.placement = Placement.resolve(config, self.num_ranks, self.rank)
         self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
-        self.layers: dict[int, LayerCache] = {}
         self.plan: StepPlan | None = None
-        self._rows: list[list[StepRow]] = []
+        self._pads_evenly = pads_evenly
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False
-        self._reserved = 0, 0
+        self.layers = {spec.number: self._new_layer(spec) for spec in specs}
+
+    @classmethod
+    def for_model(
+        cls, model: GPTModel, config: PiKVConfig, max_batch_size: int, max_sequence_length: int,
+        ep_group=None,
+    ) -> "PiKVInferenceContext":
+        """The context of a model; by default over the model's own expert-parallel group."""
+        group = model.pg_collection.ep if ep_group is None else ep_group
+        return cls(
+            max_batch_size, max_sequence_length, config, config.resolve(layer_shapes(model)),
+            group if group.size() > 1 else None,
+            model.config.moe_token_dispatcher_type == "allgather",
+        )
 
     @property
     def keeps_experts(self) -> int:
@@ -104,37 +112,42 @@ class PiKVInferenceContext(StaticInferenceContext):
     def reserve(self, lengths: Sequence[tuple[CachedSequence, int]]) -> None:
         """Allocate the pages that sequences will need once they have these many tokens.
 
-        Placement by expert can need more on one rank than on another; its pool then grows.
+        Placement by expert can need more on one rank than on another, and a prompt can be fed in
+        larger chunks than configured; pools then grow.
         """
-        more = [
-            (sequence.slot // self.max_batch_size,
-             self._num_pages(length) - self._num_pages(sequence.length))
-            for sequence, length in lengths
-        ]
-        own = sum(pages for home, pages in more if home == self.rank)
-        self._reserved = sum(pages for _, pages in more), own * self.num_ranks
+        chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
         for layer in self.layers.values():
-            layer.reserve(*self._reserved)
+            more = [
+                (sequence.slot // self.max_batch_size,
+                 layer.store.num_columns(self._num_pages(length))
+                 - layer.store.num_columns(self._num_sealed(sequence)))
+                for sequence, length in lengths
+            ]
+            own = sum(pages for home, pages in more if home == self.rank)
+            # What a prompt's chunk fills is dropped after it was filled.
+            spare = 0 if layer.store.retention is None else chunk
+            layer.reserve(
+                sum(pages for _, pages in more) + spare, own * self.num_ranks + spare
+            )
 
-    def begin_step(self, rows_by_rank: Sequence[Sequence[StepRow]], device: torch.device) -> None:
+    def begin_step(self, rows_by_rank: RowsByRank, device: torch.device) -> None:
         """Plan a step whose rows every rank knows.
 
         Raises:
             ValueError: a sequence would outgrow `max_sequence_length`.
         """
         for row in (row for rows in rows_by_rank for row in rows):
-            if row.past + row.count > self.max_sequence_length:
+            if row.end > self.max_sequence_length:
                 raise ValueError(
                     f"max_sequence_length {self.max_sequence_length} is less than the "
                     f"{row.past} cached and {row.count} new tokens of a sequence"
                 )
-        self._rows = [list(rows) for rows in rows_by_rank]
         self._driven = True
-        self.plan = self._new_plan(device)
+        self.plan = self._new_plan(rows_by_rank, device)
 
     def finish_step(self) -> None:
         """Move the sequences on, after the last layer."""
-        self.plan.finish(self._rows)
+        self.plan.finish()
         self.plan = None
         self._driven = False
 
@@ -143,17 +156,6 @@ class PiKVInferenceContext(StaticInferenceContext):
         if not self._driven and (self.plan is None or layer_number == self._first_layer):
             self._plan_for_engine(layer_number, hidden_states)
         return self.plan
-
-    def layer(
-        self, layer_number: int, num_groups: int, head_dim: int, softmax_scale: float,
-        dtype: torch.dtype, device: torch.device,
-    ) -> LayerCache:
-        """The cache of a layer, allocated when it is first asked for."""
-        if layer_number not in self.layers:
-            self.layers[layer_number] = self._new_layer(
-                num_groups, head_dim, softmax_scale, dtype, device
-            )
-        return self.layers[layer_number]
 
     def allocated_bytes(self) -> int:
         """Bytes of every tensor of this rank's cache, metadata included."""
@@ -168,9 +170,10 @@ class PiKVInferenceContext(StaticInferenceContext):
             held = [slot for slot in idle if layer.store.holds(slot)]
             assert not held, f"finished sequences still hold tokens: slots {held}"
 
-    def _new_plan(self, device: torch.device) -> StepPlan:
+    def _new_plan(self, rows_by_rank: RowsByRank, device: torch.device) -> StepPlan:
         return StepPlan(
-            self._rows, self.rank, self.max_batch_size, self.layout, self._most_pages, device
+            rows_by_rank, self.rank, self.max_batch_size, self.layout, self._most_pages, device,
+            self._pads_evenly,
         )
 
     def _most_pages(self, num_tokens: int) -> int:
@@ -185,40 +188,38 @@ class PiKVInferenceContext(StaticInferenceContext):
         copies = max(1, self.keeps_experts)
         return -(-in_shards * copies // per_page) * self.placement.shards_per_rank
 
-    def _new_layer(self, num_groups, head_dim, softmax_scale, dtype, device) -> LayerCache:
-        config, max_pages = self.pikv_config, self._most_pages(self.max_sequence_length)
-        window = StreamWindow(
-            num_groups, self.max_batch_size, self.layout.size, head_dim, self.keeps_experts,
-            dtype, device,
-        )
+    def _num_sealed(self, sequence: CachedSequence) -> int:
+        """Pages on one rank that such a sequence has at least."""
+        in_shards = sequence.flushed - self.pikv_config.num_sinks
+        per_page = self.pikv_config.page_size * self.placement.num_shards
+        copies = max(1, self.keeps_experts)
+        return in_shards * copies // per_page * self.placement.shards_per_rank
+
+    def _new_layer(self, spec: LayerSpec) -> LayerCache:
+        page_size, slots = self.pikv_config.page_size, self.max_batch_size
+        max_pages = self._most_pages(self.max_sequence_length)
+        window = StreamWindow(spec.kv, slots, self.layout.size, self.keeps_experts)
         store = ShardStore(
-            self.placement, self.max_batch_size * self.num_ranks, max_pages, config.page_size,
-            num_groups, head_dim, self.keeps_experts > 1, CODECS[config.codec](),
-            RETENTION_POLICIES[config.retention](), dtype, device,
+            spec, self.placement, page_size, slots * self.num_ranks, max_pages,
+            self.keeps_experts > 1,
         )
         directory = None
-        if config.sketch != "none":
-            directory = PageDirectory(
-                self.placement, self.max_batch_size, max_pages, config.page_size, num_groups,
-                head_dim, SKETCHERS[config.sketch](), dtype, device,
-            )
-        layer = LayerCache(
-            window, store, directory, self._new_dispatcher(), self.placement,
-            ROUTERS[config.router](), SELECTORS[config.selector](), softmax_scale,
+        if not isinstance(spec.options.sketch, NoSketchOptions):
+            directory = PageDirectory(spec, self.placement, page_size, slots, max_pages)
+        return LayerCache(
+            spec, window, store, directory, self._new_dispatcher(), self.placement, slots
         )
-        layer.reserve(*self._reserved)
-        return layer
 
     def _new_dispatcher(self) -> KVDispatcher:
         if self.num_ranks == 1:
-            return LocalDispatcher(self.placement)
+            return LocalDispatcher()
         kind = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}
-        return kind[self.pikv_config.dispatcher](self.placement, self.ep_group)
+        return kind[self.pikv_config.dispatcher](self.ep_group)
 
     def _plan_for_engine(self, layer_number: int, hidden_states: torch.Tensor) -> None:
         """Every row has `sequence_len_offset` cached tokens; ranks tell each other their rows."""
         if self.plan is not None:
-            self.plan.finish(self._rows)
+            self.plan.finish()
         self._first_layer = layer_number
         seq_len, batch = hidden_states.shape[:2]
         mine = [self.batch_size_offset, batch, seq_len, self.sequence_len_offset]
@@ -228,8 +229,8 @@ class PiKVInferenceContext(StaticInferenceContext):
             dist.all_gather_into_tensor(gathered, every, group=self.ep_group, log_name=STEP_OP)
             every = gathered
         layout = every.view(self.num_ranks, -1).tolist()
-        self._rows = [self._engine_rows(rank, *rows) for rank, rows in enumerate(layout)]
-        self.plan = self._new_plan(hidden_states.device)
+        rows = [self._engine_rows(rank, *rows) for rank, rows in enumerate(layout)]
+        self.plan = self._new_plan(rows, hidden_states.device)
 
     def _engine_rows(self, rank: int, first: int, batch: int, count: int, past: int) -> list:
         slots = [rank * self.max_batch_size + first + row for row in range(batch)]

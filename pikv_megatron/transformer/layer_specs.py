@@ -9,8 +9,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.transformer.attention import PiKVSelfAttention
-from pikv_megatron.transformer.cpu_fallback import apply_cpu_fallback
-from pikv_megatron.transformer.norms import (
+from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
+from pikv_megatron.runtime.norms import (
     FittingNorm,
     FusedLayerNorm,
     fit_final_norm,

@@ -27,10 +27,10 @@ class PiKVLayerMixin:
         plan = context.plan
         experts = None
         if context.keeps_experts and self._router_probs is not None:
-            # The router sees [sq, b, h] flattened; rows behind the real ones are padding.
+            # The router sees [sq, b, h] flattened; tokens behind the real ones are padding.
             best = self._router_probs.topk(context.keeps_experts, dim=-1).indices
-            best = best.view(*hidden_states.shape[:2], -1)[:, : plan.num_rows]
-            experts = best.transpose(0, 1).to(torch.int16)
+            best = best.view(*hidden_states.shape[:2], -1).transpose(0, 1).flatten(0, 1)
+            experts = best[: plan.num_tokens].to(torch.int16)
         context.layers[self.layer_number].settle(plan, experts)
 
     def _keep_router_probs(self, router, args, output) -> None:

@@ -5,22 +5,26 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from layer_caches import HEADS, NUM_GROUPS, WIDTH, new_context
 
-from pikv_megatron import PiKVConfig, PiKVInferenceContext
-from pikv_megatron.cache.step_plan import StepRow
+from pikv_megatron import PiKVConfig
+from pikv_megatron.cache.step_rows import StepRow
 
 
 class Churn(RuleBasedStateMachine):
     """Sequences start, grow, finish and are cancelled in any order; nothing is lost."""
 
     @initialize(
-        page_size=st.integers(1, 5), window=st.integers(0, 6), shards=st.sampled_from([1, 4])
+        page_size=st.integers(1, 5), window=st.integers(0, 6), shards=st.sampled_from([1, 4]),
+        retention=st.sampled_from(["all", "h2o", "streaming"]),
+        selector=st.sampled_from(["all", "budget", {"name": "mass", "tail": "mean"}]),
     )
-    def start_context(self, page_size, window, shards):
+    def start_context(self, page_size, window, shards, retention, selector):
         config = PiKVConfig(page_size=page_size, window=window, token_shards=shards, num_sinks=2,
-                            flush_interval=2, sketch="bounding_box")
-        self.context = PiKVInferenceContext(4, 200, config)
-        self.layer = self.context.layer(1, 2, 8, 1.0, torch.float32, torch.device("cpu"))
+                            flush_interval=2, sketch="bounding_box", retention=retention,
+                            selector=selector)
+        self.context = new_context(config, 4, 200)
+        self.layer = self.context.layers[1]
         self.live = []
 
     @precondition(lambda self: len(self.live) < 4)
@@ -36,9 +40,9 @@ class Churn(RuleBasedStateMachine):
         if not rows:
             return
         self.context.begin_step([[StepRow(s, count) for s in rows]], torch.device("cpu"))
-        kv = torch.randn(count, len(rows), 2, 8)
         plan = self.context.plan
-        state = self.layer.attend(torch.zeros(count, len(rows), 2, 8), kv, kv, plan)
+        kv = torch.randn(plan.num_tokens, NUM_GROUPS, WIDTH)
+        state = self.layer.attend(torch.randn(plan.num_tokens, HEADS, WIDTH), kv, kv, plan)
         assert state.isfinite().all()
         self.layer.settle(plan, None)
         self.context.finish_step()
@@ -55,9 +59,17 @@ class Churn(RuleBasedStateMachine):
         if not hasattr(self, "context"):
             return
         self.context.check_integrity()
+        store, directory = self.layer.store, self.layer.directory
+        # On one rank a sequence has one row on either side.
+        assert torch.equal(store.table.count, directory.table.count)
         for s in self.live:
-            stored = self.layer.store.positions(s.slot).sort().values
-            assert torch.equal(stored, torch.arange(2, max(2, s.flushed)).int())
+            stored = store.positions(s.slot).sort().values
+            if store.retention is None:
+                assert torch.equal(stored, torch.arange(2, max(2, s.flushed)).int())
+            owned, noted = (t.pages_of(s.slot) for t in (store.table, directory.table))
+            assert torch.equal(store.pool.shard[owned].long(), directory.shard[noted])
+            keys = store.pool.kv.keys[:, owned]
+            assert torch.equal(directory.sketch.low[:, noted], keys.amin(2))
 
 
 TestChurn = Churn.TestCase
@@ -65,13 +77,13 @@ TestChurn.settings = settings(deadline=None, max_examples=25, stateful_step_coun
 
 
 def test_a_full_batch_is_refused():
-    context = PiKVInferenceContext(1, 10, PiKVConfig())
+    context = new_context(PiKVConfig(), 1, 10)
     context.start(0)
     with pytest.raises(ValueError, match="max_batch_size 1"):
         context.start(0)
 
 
 def test_a_sequence_beyond_capacity_is_refused():
-    context = PiKVInferenceContext(1, 10, PiKVConfig())
+    context = new_context(PiKVConfig(), 1, 10)
     with pytest.raises(ValueError, match="max_sequence_length 10"):
         context.begin_step([[StepRow(context.start(0), 11)]], torch.device("cpu"))

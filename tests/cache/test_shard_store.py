@@ -3,30 +3,28 @@
 import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
+from layer_caches import SCALE, SHAPE
 
+from pikv_megatron import PiKVConfig
+from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.placement import Placement
-from pikv_megatron.cache.shard_store import OwnerReads, ShardStore
+from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.compression.none import NoCodec
 from pikv_megatron.ops.dense_attention import dense_attention
-from pikv_megatron.scheduler.base import RetentionPolicy
-from pikv_megatron.scheduler.keep_all import KeepAll
 
 PLACEMENT = Placement(token_shards=4, expert_shards=1, hash_block=3, num_ranks=2, rank=1)
 MAX_PAGES = 400
 
 
-def new_store(placement, page_size, num_slots=1, has_replicas=False, retention=None) -> ShardStore:
-    return ShardStore(
-        placement, num_slots, MAX_PAGES, page_size, 2, 8, has_replicas, NoCodec(),
-        retention or KeepAll(), torch.float32, torch.device("cpu"),
-    )
+def new_store(placement, page_size, num_slots=1, has_replicas=False, **fields) -> ShardStore:
+    (spec,) = PiKVConfig(page_size=page_size, **fields).resolve([SHAPE])
+    return ShardStore(spec, placement, page_size, num_slots, MAX_PAGES, has_replicas)
 
 
-def count_tokens(store: ShardStore, num_heads: int, visited=None, selected=None) -> torch.Tensor:
+def count_tokens(store: ShardStore, num_heads: int, visited=None, columns=None) -> torch.Tensor:
     """[num_heads]: equal logits make exp(lse) the number of tokens read."""
-    reads = OwnerReads(torch.tensor([0]), MAX_PAGES, (0,), visited, selected)
-    state = store.attend(torch.zeros(1, 1, num_heads, 8), reads, 1.0, [])
+    reads = OwnerReads(torch.tensor([0]), MAX_PAGES, (0,), visited, columns)
+    state = store.attend(torch.zeros(1, 1, num_heads, 8), reads, [])
     return state.lse.exp()[0, 0]
 
 
@@ -60,9 +58,9 @@ def test_attention_counts_every_stored_token_once():
     mine = PLACEMENT.owner(tokens.shard) == 1
     torch.testing.assert_close(count_tokens(store, 4), torch.full((4,), float(mine.sum())))
     query = torch.randn(1, 1, 4, 8)
-    state = store.attend(query, OwnerReads(torch.tensor([0]), MAX_PAGES), 0.3, [])
+    state = store.attend(query, OwnerReads(torch.tensor([0]), MAX_PAGES), [])
     dense = dense_attention(query, tokens.keys[:, None, mine], tokens.values[:, None, mine],
-                            torch.ones(1, int(mine.sum()), dtype=torch.bool), 0.3)
+                            torch.ones(1, int(mine.sum()), dtype=torch.bool), SCALE)
     torch.testing.assert_close(state.out, dense.out)
 
 
@@ -85,32 +83,56 @@ def test_replicas_count_once_in_whichever_shards_are_visited(replicas, visited, 
     store.insert(TokenBlock(keys, keys, slot.flatten(), shard.flatten(), position.flatten(),
                             seen.flatten()))
     expected = ((visited >> shard) & 1).any(dim=1).sum()
-    counted = count_tokens(store, 2, visited=torch.tensor([visited]))
+    is_visited = ((visited >> torch.arange(4)) & 1).bool().unsqueeze(0)
+    counted = count_tokens(store, 2, visited=is_visited)
     torch.testing.assert_close(counted, torch.full((2,), float(expected)))
-
-
-class NewestPages(RetentionPolicy):
-    """Keeps the last two pages of each sequence."""
-
-    def keep(self, stats):
-        later = stats.is_page.flip(1).cumsum(1).flip(1)
-        return later <= 2
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6))
 def test_dropped_pages_are_given_back_and_no_longer_read(counts):
     placement = Placement(token_shards=1, expert_shards=1, hash_block=1, num_ranks=1, rank=0)
-    store = new_store(placement, page_size=4, retention=NewestPages())
+    store = new_store(
+        placement, page_size=4, retention="streaming", budget={"name": "pages", "pages": 2}
+    )
     length = 0
     for count in counts:
         position = torch.arange(length, length + count)
         store.insert(block(torch.zeros_like(position), position, placement))
-        store.check_integrity()
         length += count
+        store.prune(torch.tensor([0]), MAX_PAGES)
+        store.check_integrity()
+        assert int(store.table.count[0]) == min(2, length // 4)
     kept = torch.arange(max(0, length // 4 - 2) * 4, length)
     assert torch.equal(store.positions(0).sort().values, kept.int())
     torch.testing.assert_close(count_tokens(store, 2), torch.full((2,), float(len(kept))))
     store.release(0)
     store.check_integrity()
-    assert store.pool.free_pages().numel() == store.pool.null_page
+    assert store.pool.free.pages().numel() == store.pool.null_page
+
+
+def test_dropped_places_are_used_again():
+    placement = Placement(token_shards=1, expert_shards=1, hash_block=1, num_ranks=1, rank=0)
+    store = new_store(
+        placement, page_size=2, retention="streaming", budget={"name": "pages", "pages": 3}
+    )
+    for first in range(0, 200, 4):
+        position = torch.arange(first, first + 4)
+        store.insert(block(torch.zeros_like(position), position, placement))
+        store.prune(torch.tensor([0]), MAX_PAGES)
+    assert store.pool.null_page <= 3 + 2 and int(store.table.count[0]) == 3
+
+
+def test_chosen_columns_are_what_is_read():
+    placement = Placement(token_shards=1, expert_shards=1, hash_block=1, num_ranks=1, rank=0)
+    store = new_store(placement, page_size=4)
+    position = torch.arange(23)
+    tokens = block(torch.zeros_like(position), position, placement)
+    store.insert(tokens)
+    query = torch.randn(1, 1, 4, 8)
+    columns = torch.tensor([[3, -1, 1, -1]])
+    state = store.attend(query, OwnerReads(torch.tensor([0]), 10, (0,), columns=columns), [])
+    read = torch.tensor([*range(4, 8), *range(12, 16), *range(20, 23)])
+    dense = dense_attention(query, tokens.keys[:, None, read], tokens.values[:, None, read],
+                            torch.ones(1, len(read), dtype=torch.bool), SCALE)
+    torch.testing.assert_close(state.out, dense.out)

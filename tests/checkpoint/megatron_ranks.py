@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from pikv_megatron.parallel.process_groups import init_process_groups
+from pikv_megatron.runtime.process_groups import init_process_groups
 
 
 @contextmanager

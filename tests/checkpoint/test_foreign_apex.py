@@ -13,7 +13,7 @@ from pikv_megatron import PiKVConfig
 from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.model_builder import build_model
-from pikv_megatron.parallel.process_groups import process_groups
+from pikv_megatron.runtime.process_groups import process_groups
 
 
 def test_models_build_and_compute_beside_it(tmp_path, monkeypatch):

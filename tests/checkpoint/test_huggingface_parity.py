@@ -17,7 +17,7 @@ from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.model_builder import build_model
 from pikv_megatron.checkpoint.tensor_reader import TensorReader
-from pikv_megatron.parallel.process_groups import destroy_process_groups
+from pikv_megatron.runtime.process_groups import destroy_process_groups
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]  # expert parallel, tensor parallel
 

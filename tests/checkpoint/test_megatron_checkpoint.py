@@ -13,7 +13,7 @@ from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.megatron import load_megatron, save_megatron
 from pikv_megatron.checkpoint.model_builder import build_model
-from pikv_megatron.parallel.process_groups import destroy_process_groups
+from pikv_megatron.runtime.process_groups import destroy_process_groups
 
 LAYOUTS = {"ep1": (1, 1), "ep2": (2, 1), "tp2": (1, 2)}  # expert parallel, tensor parallel
 MODELS = ["olmoe", "qwen3"]

@@ -1,7 +1,7 @@
 """What is chosen at home is what is read on the owners, and the directory tells the truth.
 
 Every rank draws the same keys, grows the same sequences and keeps all of them densely beside the
-cache, so that attention over exactly the chosen tokens is known.
+cache, so that attention over exactly the chosen tokens is known. Pages are dropped at random, too.
 """
 
 from dataclasses import dataclass
@@ -9,25 +9,29 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from layer_caches import HEADS, NUM_GROUPS, SCALE, WIDTH, new_context
 from ranks import run_ranks
 
-from pikv_megatron import PiKVConfig, PiKVInferenceContext, process_groups
-from pikv_megatron.cache.step_plan import StepRow
-from pikv_megatron.ops.dense_attention import dense_attention
+from pikv_megatron import PiKVConfig, process_groups
+from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.retention.base import RetentionPolicy
 from pikv_megatron.router.base import KVRouter
 from pikv_megatron.selector.base import PageSelector
-from pikv_megatron.sketch.registry import SKETCHERS
 
-NUM_GROUPS, WIDTH, HEADS, SCALE = 2, 8, 4, 0.3
 CPU = torch.device("cpu")
+DROPS = dict(retention="streaming", budget={"name": "share", "keep": 0.5})
 LAYOUTS = {
-    "by position": dict(page_size=3, window=4, num_sinks=2, token_shards=4, sketch="mean_key"),
-    "single tokens": dict(
-        page_size=1, window=0, hash_block=1, token_shards=8, sketch="bounding_box"
-    ),
+    "by position": dict(page_size=3, window=4, num_sinks=2, sketch="mean_key"),
+    "single tokens": dict(page_size=1, window=0, hash_block=1, sketch="bounding_box"),
+    "dropped": dict(page_size=2, window=3, num_sinks=1, sketch="mean_key", **DROPS),
     "by expert": dict(page_size=4, window=3, expert_shards=4, sketch="bounding_box"),
     "replicas": dict(page_size=2, window=5, expert_shards=8, replicas=2, sketch="mean_key"),
+    "replicas, dropped": dict(
+        page_size=2, window=5, expert_shards=4, replicas=2, sketch="mean_key", **DROPS
+    ),
 }
+# Shards of a layout that places by position, in multiples of the ranks.
+TOKEN_SHARDS = {"by position": 2, "single tokens": 20}
 
 
 class DrawnRouter(KVRouter):
@@ -36,24 +40,35 @@ class DrawnRouter(KVRouter):
     def __init__(self, num_shards: int, rank: int):
         self.num_shards, self.generator = num_shards, torch.Generator().manual_seed(rank)
 
-    def visit(self, query, directory):
-        shape = len(query), self.num_shards
+    def visit(self, ask):
+        shape = len(ask.query), self.num_shards
         self.shards = torch.rand(shape, generator=self.generator) < 0.5
         self.shards[:, 0] |= ~self.shards.any(dim=1)
         return self.shards
 
 
 class DrawnSelector(PageSelector):
-    """Reads random pages."""
+    """Reads random pages of the visited shards."""
 
     def __init__(self, rank: int):
         self.generator = torch.Generator().manual_seed(100 + rank)
 
-    def select(self, query, directory, shards):
-        self.directory = directory
-        drawn = torch.rand(directory.is_page.shape, generator=self.generator) < 0.6
-        self.pages = directory.is_page & drawn
-        return self.pages
+    def select(self, ask, may_read, most_pages):
+        self.directory = ask.directory
+        chosen = may_read & (torch.rand(may_read.shape, generator=self.generator) < 0.6)
+        self.pages = chosen.view(ask.directory.is_page.shape)
+        order = torch.rand(chosen.shape, generator=self.generator).argsort(dim=1)
+        return torch.where(chosen.gather(1, order), order, -1)
+
+
+class DrawnPolicy(RetentionPolicy):
+    """Keeps random pages."""
+
+    def __init__(self, rank: int):
+        self.generator = torch.Generator().manual_seed(200 + rank)
+
+    def utility(self, stats):
+        return torch.rand(stats.is_page.shape, generator=self.generator)
 
 
 @dataclass
@@ -67,33 +82,35 @@ class Sequence:
     experts: torch.Tensor
 
 
-def grow(context, layer, sequences, count: int, queries: torch.Tensor) -> torch.Tensor | None:
-    """Feed every sequence `count` tokens; the attention output of this rank's."""
+def grow(context, layer, sequences, count: int, queries: torch.Tensor) -> torch.Tensor:
+    """Feed every sequence `count` tokens; the attention output of this rank's [n, count, ...]."""
     by_rank = [[s for s in sequences if s.home == r] for r in range(context.num_ranks)]
     context.begin_step([[StepRow(s.cached, count) for s in own] for own in by_rank], CPU)
     own, plan = by_rank[context.rank], context.plan
     spans = [slice(s.cached.length, s.cached.length + count) for s in own]
     key, value = (
-        torch.stack([getattr(s, name)[:, span] for s, span in zip(own, spans)]).permute(2, 0, 1, 3)
-        if own else torch.zeros(count, 0, NUM_GROUPS, WIDTH)
+        torch.cat([torch.zeros(0, NUM_GROUPS, WIDTH)] + [
+            getattr(s, name)[:, span].transpose(0, 1) for s, span in zip(own, spans)
+        ])
         for name in ("keys", "values")
     )
-    out = layer.attend(queries[:count, : len(own)], key, value, plan)
+    query = queries[:count, : len(own)].transpose(0, 1).flatten(0, 1)
+    out = layer.attend(query, key, value, plan)
     experts = None
     if context.keeps_experts:
-        chosen = [s.experts[span, : context.keeps_experts] for s, span in zip(own, spans)]
-        experts = torch.stack(chosen) if own else torch.zeros(0, count, context.keeps_experts)
-        experts = experts.to(torch.int16)
+        kept = context.keeps_experts
+        chosen = [s.experts[span, :kept] for s, span in zip(own, spans)]
+        experts = torch.cat([torch.zeros(0, kept), *chosen]).to(torch.int16)
     layer.settle(plan, experts)
     context.finish_step()
-    return out
+    return out.unflatten(0, (len(own), count))
 
 
 def tokens_on_rank(context, store, sequences) -> dict:
     """Positions by (slot, column) for pages and by (slot, shard) for buffers, this rank's."""
     pages, buffers, placement = {}, {}, context.placement
     for s in sequences:
-        for column, page in enumerate(store._pages(s.cached.slot).tolist()):
+        for column, page in enumerate(store.table.pages_of(s.cached.slot).tolist()):
             place = int(store.pool.shard[page]), store.pool.position[page].tolist()
             pages[s.cached.slot, context.rank, column] = place
         for local in range(placement.shards_per_rank):
@@ -119,9 +136,10 @@ def everywhere(context, store, sequences) -> tuple[dict, dict]:
     )
 
 
-def read_positions(context, s, row, router, selector, pages, buffers) -> list[int]:
-    """What one sequence reads in shards, by the rules alone."""
-    visited = router.shards[row].tolist()
+def read_positions(context, s, row, count, router, selector, pages, buffers) -> list[int]:
+    """What one sequence reads in shards, by the rules alone: prompts read everything."""
+    is_decode = count == 1
+    visited = router.shards[row].tolist() if is_decode else [True] * context.placement.num_shards
 
     def counts_here(position: int, shard: int) -> bool:
         shards = replica_shards(context, s, position)
@@ -129,7 +147,7 @@ def read_positions(context, s, row, router, selector, pages, buffers) -> list[in
 
     stored = [
         (shard, positions) for (slot, rank, column), (shard, positions) in pages.items()
-        if slot == s.cached.slot and selector.pages[row, rank, column]
+        if slot == s.cached.slot and (not is_decode or selector.pages[row, rank, column])
     ]
     stored += [
         (shard, positions) for (slot, shard), positions in buffers.items()
@@ -150,13 +168,19 @@ def replica_shards(context, s, position: int) -> list[int]:
     return [int(context.placement.shard(at, expert)) for expert in experts]
 
 
-def check_layout(pg, changes: dict, dispatcher: str) -> None:
-    config = PiKVConfig(flush_interval=3, dispatcher=dispatcher, **changes)
-    context = PiKVInferenceContext(2, 64, config, pg.ep)
-    layer = context.layer(1, NUM_GROUPS, WIDTH, SCALE, torch.float32, CPU)
-    num_shards = context.placement.num_shards
-    router, selector = DrawnRouter(num_shards, context.rank), DrawnSelector(context.rank)
-    layer._router, layer._selector = router, selector
+def check_layout(pg, name: str, dispatcher: str) -> None:
+    shards = TOKEN_SHARDS.get(name)
+    config = PiKVConfig(
+        flush_interval=3, dispatcher=dispatcher,
+        token_shards=shards and shards * pg.ep.size(), **LAYOUTS[name],
+    )
+    context = new_context(config, 2, 64, pg.ep)
+    layer = context.layers[1]
+    router = DrawnRouter(context.placement.num_shards, context.rank)
+    selector = DrawnSelector(context.rank)
+    layer.router, layer.selector = router, selector
+    if layer.store.retention is not None:
+        layer.store.retention = DrawnPolicy(context.rank)
     generator = torch.Generator().manual_seed(7)
     homes = [0] if context.num_ranks == 1 else [0, context.num_ranks - 1, 0]
     sequences = [
@@ -176,50 +200,66 @@ def check_layout(pg, changes: dict, dispatcher: str) -> None:
         context.check_integrity()
         if past == 0:
             continue
-        check_directory(config, own, selector.directory, pages)
+        if count == 1:
+            check_directory(layer, own, selector.directory, pages)
         for row, s in enumerate(own):
             near = [*range(min(config.num_sinks, past)), *range(flushed, past)]
-            far = read_positions(context, s, row, router, selector, pages, buffers)
-            check_output(s, near + far, past, count, query[:, row], out[:, row])
+            far = read_positions(context, s, row, count, router, selector, pages, buffers)
+            check_output(s, near + far, past, count, query[:, row], out[row])
+    check_budget(layer.store, config)
     context.reset()
     context.check_integrity()
 
 
-def check_directory(config, own, directory, pages) -> None:
+def check_budget(store, config) -> None:
+    """Where pages are dropped, no sequence has more than its share of them."""
+    sealed, kept = store.ledger.num_pages, store.table.count
+    if store.retention is None:
+        assert torch.equal(kept, sealed)
+    else:
+        assert torch.equal(kept, (sealed * config.budget.keep).ceil().long())
+        assert int(kept.sum()) < int(sealed.sum())
+
+
+def check_directory(layer, own, directory, pages) -> None:
     for row, s in enumerate(own):
         listed = directory.is_page[row].nonzero().tolist()
         mine = {key: place for key, place in pages.items() if key[0] == s.cached.slot}
         assert {(s.cached.slot, *place) for place in listed} == set(mine)
         for (_, rank, column), (shard, positions) in mine.items():
             assert directory.shard[row, rank, column] == shard
-            sketcher, page = SKETCHERS[config.sketch](), s.keys[:, positions].unsqueeze(1)
-            expected = sketcher.allocate(
-                NUM_GROUPS, 1, config.page_size, WIDTH, torch.float32, CPU
-            )
-            sketcher.write(page, expected, torch.tensor([0]))
             at = directory.table[row, rank, column]
-            for kept, new in zip(directory.sketch, expected):
-                torch.testing.assert_close(kept[:, at], new[:, 0])
+            keys = s.keys[:, positions]
+            ends = {"low": keys.amin(1), "high": keys.amax(1), "mean": keys.mean(1)}
+            sketch = layer.directory.sketch
+            for field in sketch._fields:
+                torch.testing.assert_close(getattr(sketch, field)[:, at], ends[field])
 
 
 def check_output(s, positions, past, count, query, out) -> None:
+    """Softmax in float64 over exactly these positions and what came before in the chunk."""
     assert len(set(positions)) == len(positions), "a token is counted twice"
     index = torch.tensor([*positions, *range(past, past + count)])
-    mask = torch.ones(1, count, len(index), dtype=torch.bool)
-    mask[0, :, len(positions) :] = torch.ones(count, count, dtype=torch.bool).tril()
-    expected = dense_attention(
-        query[None], s.keys[:, None, index], s.values[:, None, index], mask, SCALE
+    group = HEADS // NUM_GROUPS
+    keys, values = (
+        x[:, index].double().repeat_interleave(group, dim=0) for x in (s.keys, s.values)
     )
-    torch.testing.assert_close(out, expected.out[0], atol=1e-5, rtol=1e-4)
+    logits = torch.einsum("qhw,htw->hqt", query.double(), keys) * SCALE
+    later = torch.ones(count, count, dtype=torch.bool).triu(1)
+    logits[:, :, len(positions) :].masked_fill_(later, -torch.inf)
+    expected = torch.einsum("hqt,htw->qhw", logits.softmax(-1), values)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
 
 
 def check_layouts(num_ranks: int) -> None:
     with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
-        for changes in LAYOUTS.values():
+        for name, changes in LAYOUTS.items():
+            if changes.get("expert_shards", 1) > 1 and num_ranks & (num_ranks - 1):
+                continue  # XOR needs powers of two; refused in test_placement
             for dispatcher in ("alltoall", "allgather"):
-                check_layout(pg, changes, dispatcher)
+                check_layout(pg, name, dispatcher)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_chosen_pages_and_no_others_are_read(num_ranks):
     run_ranks(check_layouts, num_ranks, num_ranks, timeout=200)

@@ -8,7 +8,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext, pikv_layer_spec
-from pikv_megatron.cache.step_plan import StepRow
+from pikv_megatron.cache.step_rows import StepRow
 
 VOCAB = 96
 
@@ -77,16 +77,17 @@ def cached_logits(
             [[StepRow(live[i], counts[i]) for i in own] for own in by_rank], torch.device("cpu")
         )
         plan, own = context.plan, by_rank[context.rank]
-        ids = torch.zeros(plan.max_rows, plan.seq_len, dtype=torch.int64)
-        for row, i in enumerate(own):
-            first = live[i].length
-            ids[row, : counts[i]] = torch.tensor(sequences[i][first : first + counts[i]])
-        positions = torch.zeros_like(ids)
-        positions[: len(own)] = plan.positions.t()
+        index_of = {live[i].slot: i for i in own}
+        order = [index_of[row.sequence.slot] for row in plan.rows]
+        fed = [sequences[i][live[i].length : live[i].length + counts[i]] for i in order]
+        ids = torch.zeros(1, plan.num_padded, dtype=torch.int64)
+        ids[0, : plan.num_tokens] = torch.tensor([token for part in fed for token in part])
         out = model(
-            ids, positions, None, inference_context=context, runtime_gather_output=True
+            ids, plan.positions.unsqueeze(0), None, inference_context=context,
+            runtime_gather_output=True,
         )
         context.finish_step()
         context.check_integrity()
-        for row, i in enumerate(own):
-            logits[i].append(out[row, : counts[i]])
+        parts = out[0, : plan.num_tokens].split([counts[i] for i in order])
+        for i, part in zip(order, parts):
+            logits[i].append(part)

@@ -56,7 +56,7 @@ def test_keys_are_the_same_and_checkpoints_load(one_rank, name):
 def test_logits_through_the_cache_equal_the_stock_model(one_rank, name):
     stock, swapped = pair(one_rank, **VARIANTS[name])
     sequences = [[(7 * i + j) % VOCAB for i in range(30)] for j in range(3)]
-    context = PiKVInferenceContext(3, 64, PIKV)
+    context = PiKVInferenceContext.for_model(swapped, PIKV, 3, 64)
     cached = cached_logits(swapped, context, sequences, [11, 1, 24], chunk=9)
     for index, sequence in enumerate(sequences):
         torch.testing.assert_close(cached[index], plain_logits(stock, sequence), atol=1e-4, rtol=0)
@@ -67,7 +67,7 @@ def test_dense_layers_among_moe_layers(one_rank):
     placed = PiKVConfig(page_size=2, window=2, expert_shards=4, replicas=2, flush_interval=1)
     spec = pikv_layer_spec(mixed_spec(one_rank), placed)
     swapped = build(one_rank, None, spec=spec, moe_layer_freq=[0, 1])
-    context = PiKVInferenceContext(2, 64, placed)
+    context = PiKVInferenceContext.for_model(swapped, placed, 2, 64)
     sequences = [list(range(20)), list(range(40, 75))]
     cached = cached_logits(swapped, context, sequences, [12, 30], chunk=100)
     for index, sequence in enumerate(sequences):

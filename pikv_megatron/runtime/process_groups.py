@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
-from pikv_megatron.transformer.cpu_fallback import apply_cpu_fallback
+from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 # A process that has one of these was started by torchrun or deepspeed, MPI, or Slurm.

@@ -1,0 +1,75 @@
+"""The rows of a step that feed one token: all of them are attended to at once.
+
+Legend: n rows of this home rank, W places of a window.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+
+from pikv_megatron.cache.owner_reads import OwnerReads
+from pikv_megatron.cache.step_rows import RowsByRank, WindowLayout
+from pikv_megatron.types import PageList
+
+
+class DecodePart:
+    """What decoding rows read.
+
+    Args:
+        rows_by_rank: the decoding rows of each home rank.
+        rank: this rank.
+        slots_per_rank: window slots of a rank.
+        layout: the windows' layout.
+        most_pages: the most pages on one rank of a sequence with so many tokens in shards.
+        device: where the tensors are needed.
+
+    Attributes:
+        counts: rows of each home rank.
+        num_rows: n.
+        slots: [n], int64, slots in the group.
+        window_slots: [n], int64, slots on this rank.
+        window_reads: one page a row, whose pools are to be filled in.
+        reads_shards: some row of some rank has tokens in shards.
+        most_pages: at least the pages that any row filled on any rank.
+    """
+
+    def __init__(
+        self, rows_by_rank: RowsByRank, rank: int, slots_per_rank: int, layout: WindowLayout,
+        most_pages: Callable[[int], int], device: torch.device,
+    ):
+        own = rows_by_rank[rank]
+        self.counts = [len(rows) for rows in rows_by_rank]
+        self.num_rows = len(own)
+        self._rank = rank
+        self._slots_by_rank = [[row.sequence.slot for row in rows] for rows in rows_by_rank]
+        flushed = [row.sequence.flushed for rows in rows_by_rank for row in rows]
+        in_shards = max(flushed, default=layout.num_sinks) - layout.num_sinks
+        self.reads_shards = in_shards > 0
+        self.most_pages = most_pages(in_shards)
+        fields = [[r.sequence.slot, r.sequence.flushed, r.end] for r in own]
+        numbers = torch.tensor(fields, dtype=torch.int64, device=device).view(-1, 3)
+        self.slots, flushed, length = numbers.unbind(1)
+        self.window_slots = self.slots - rank * slots_per_rank
+        lens = torch.full((self.num_rows, 1), layout.size, dtype=torch.int32, device=device)
+        # A row's new token is written before it is attended to.
+        mask = layout.live(flushed, length).unsqueeze(1)
+        self.window_reads = PageList(None, self.window_slots.unsqueeze(1), lens, mask, notes={})
+
+    @property
+    def is_anywhere(self) -> bool:
+        """Whether any rank has such rows."""
+        return any(self.counts)
+
+    @cached_property
+    def own_reads(self) -> OwnerReads:
+        """All of this rank's rows."""
+        key = tuple(self._slots_by_rank[self._rank])
+        return OwnerReads(self.slots, self.most_pages, key)
+
+    @cached_property
+    def all_reads(self) -> OwnerReads:
+        """All rows of all ranks, one rank behind the other."""
+        key = tuple(slot for slots in self._slots_by_rank for slot in slots)
+        slots = torch.tensor(key, dtype=torch.int64, device=self.slots.device)
+        return OwnerReads(slots, self.most_pages, key)

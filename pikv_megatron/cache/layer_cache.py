@@ -1,0 +1,342 @@
+"""The cache of one attention layer: the home rank's window and this rank's shards.
+
+Legend: t tokens of this home rank's step, n decoding rows, np query heads, ng KV heads, w_k and w_v
+widths of keys and values, G ranks.
+"""
+
+import torch
+
+from pikv_megatron.cache.directory import PageDirectory
+from pikv_megatron.cache.leaving import leaving_tokens
+from pikv_megatron.cache.owner_reads import OwnerReads
+from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.query_header import HeaderLayout
+from pikv_megatron.cache.shard_store import ShardStore
+from pikv_megatron.cache.step_choice import StepChoice, choose
+from pikv_megatron.cache.step_plan import StepPlan
+from pikv_megatron.cache.stream_window import StreamWindow
+from pikv_megatron.layer_spec import LayerSpec
+from pikv_megatron.ops.causal_attention import causal_attention
+from pikv_megatron.ops.decode_attention import decode_attention
+from pikv_megatron.ops.merge_states import merge_states
+from pikv_megatron.parallel.dispatcher import FLUSH_OP, KVDispatcher
+from pikv_megatron.parallel.packet import pack_bits, unpack_bits
+from pikv_megatron.types import AttentionState, KVPages, PageList, Reads
+
+
+class LayerCache:
+    """Stores and reads the KV of one layer.
+
+    Args:
+        spec: the layer.
+        window: this home rank's stream window.
+        store: the shards that this rank owns.
+        directory: sketches of the pages of this home rank's sequences; None: none are kept.
+        dispatcher: brings queries and tokens to the owners.
+        placement: the shard of a token.
+        num_slots: sequences of this home rank.
+    """
+
+    def __init__(
+        self, spec: LayerSpec, window: StreamWindow, store: ShardStore,
+        directory: PageDirectory | None, dispatcher: KVDispatcher, placement: Placement,
+        num_slots: int,
+    ):
+        self.spec = spec
+        self.window = window
+        self.store = store
+        self.directory = directory
+        self.router = spec.options.router.build()
+        self.selector = spec.options.selector.build()
+        self._dispatcher = dispatcher
+        self._placement = placement
+        self._chunk: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._last_lse = None
+        if store.statistics is not None and placement.num_ranks > 1:
+            self._last_lse = torch.zeros(
+                num_slots, placement.num_ranks, spec.num_heads, device=spec.kv.device
+            )
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StepPlan
+    ) -> torch.Tensor:
+        """Causal attention of a step over what is cached and over itself.
+
+        Prompts read everything that is kept; decoding rows what the router and the selector choose.
+
+        Args:
+            query: [t, np, w_k], in the order of `StepPlan.rows`.
+            key: [t, ng, w_k].
+            value: [t, ng, w_v].
+
+        Returns:
+            [t, np, w_v].
+        """
+        self.hold(key, value, plan)
+        first = plan.decode.num_rows
+        parts = []
+        if plan.decode.is_anywhere:
+            parts.append(self._attend_decode(query[:first].unsqueeze(1), plan).out.squeeze(1))
+        if plan.prefill.is_anywhere:
+            state = self._attend_prefill(query[first:], key[first:], value[first:], plan)
+            self._prompts = query[first:], state.lse
+            parts.append(state.out)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def hold(self, key: torch.Tensor, value: torch.Tensor, plan: StepPlan) -> None:
+        """Keep the step's KV [t, ng, w] until `settle`; decoding rows' goes to the window."""
+        self._chunk = key, value
+        first = plan.decode.num_rows
+        if first:
+            writes = plan.decode_writes
+            tokens = (x[:first].transpose(0, 1) for x in self._chunk)
+            self.window.write(writes.slots, writes.offsets, *tokens)
+
+    def settle(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
+        """Flush what leaves the windows and keep what stays, once the experts are known.
+
+        Args:
+            experts: [t, replicas], int16, the experts chosen for the step's tokens, best first;
+                None where placement does not ask for them.
+        """
+        if experts is not None and plan.decode.num_rows:
+            writes = plan.decode_writes
+            self.window.write_experts(writes.slots, writes.offsets, experts[: plan.decode.num_rows])
+        if plan.flush is not None:
+            self._flush(plan, experts)
+        if plan.prefill.rows:
+            writes = plan.prefill_writes
+            tokens = (x.index_select(0, writes.source).transpose(0, 1) for x in self._chunk)
+            self.window.write(writes.slots, writes.offsets, *tokens)
+            if experts is not None:
+                self.window.write_experts(writes.slots, writes.offsets, experts[writes.source])
+        self._chunk = self._prompts = None
+
+    def reserve(self, num_owned: int, num_noted: int) -> None:
+        """Allocate pages on this rank, and room in the directory for pages of its sequences."""
+        self.store.reserve(num_owned)
+        if self.directory is not None:
+            self.directory.reserve(num_noted)
+
+    def release(self, slot: int, window_slot: int | None) -> None:
+        """Give back what a sequence holds here; `window_slot` is None where it is not at home."""
+        self.store.release(slot)
+        if self.directory is not None and window_slot is not None:
+            self.directory.release(window_slot)
+
+    def tensors(self) -> list[torch.Tensor]:
+        directory = [] if self.directory is None else self.directory.tensors()
+        own = [] if self._last_lse is None else [self._last_lse]
+        return self.window.tensors() + self.store.tensors() + directory + own
+
+    def check_integrity(self) -> None:
+        """No page, and no note of one, is lost or held twice."""
+        self.store.check_integrity()
+        if self.directory is not None:
+            self.directory.check_integrity()
+
+    def _attend_decode(self, query: torch.Tensor, plan: StepPlan) -> AttentionState:
+        """Attention of query [n, 1, np, w_k] over the window, its own token included, and over
+        what is read of the shards."""
+        part = plan.decode
+        window = self._window_list(part.window_reads)
+        if not part.reads_shards:
+            return decode_attention(query, [window], self.spec.softmax_scale)[0]
+        choice = self._choose(query, plan)
+        if self._placement.num_ranks == 1:
+            state = self._attend_here(query, window, choice, part.own_reads)
+        else:
+            state = self._attend_everywhere(query, window, choice, plan)
+        if choice.columns is not None and self.directory.keeps_means:
+            state = _merge([state, self.directory.tail(choice.ask, choice.columns)])
+        return state
+
+    def _choose(self, query: torch.Tensor, plan: StepPlan) -> StepChoice:
+        if self.router is None and self.selector is None:
+            return StepChoice(Reads())
+        part = plan.decode
+        num_columns = self.store.num_columns(part.most_pages)
+        ask = self.directory.ask(
+            query[:, 0], part.window_slots, part.own_reads.key, num_columns
+        )
+        return choose(self.router, self.selector, ask)
+
+    def _attend_here(
+        self, query: torch.Tensor, window: PageList, choice: StepChoice, reads: OwnerReads
+    ) -> AttentionState:
+        """This rank owns every shard: one softmax over all."""
+        columns = choice.reads.columns
+        if choice.ask is not None:
+            reads = reads._replace(
+                visited=choice.reads.shards, columns=None if columns is None else columns[:, 0]
+            )
+        if self.store.statistics is None:
+            return self.store.attend(query, reads, [window])
+        return self.store.attend_counting(query, reads, [window], is_whole=True)
+
+    def _attend_everywhere(
+        self, query: torch.Tensor, window: PageList, choice: StepChoice, plan: StepPlan
+    ) -> AttentionState:
+        """Queries go to the owners; while they travel, home attends to its window."""
+        part, reads = plan.decode, choice.reads
+        layout = HeaderLayout(
+            0 if reads.shards is None else reads.shards.shape[1],
+            0 if reads.columns is None else reads.columns.shape[2],
+            0 if self._last_lse is None else self.spec.num_heads,
+        )
+        last_lse = None if self._last_lse is None else self._last_lse[part.window_slots]
+        header = layout.pack(reads, part.slots, last_lse, self._placement.num_ranks)
+        goes_to = self._visited_ranks(reads)
+        route = self._dispatcher.post(query, header, part.counts, goes_to)
+        near, _ = decode_attention(query, [window], self.spec.softmax_scale)
+        arrived, header = self._dispatcher.wait(route, query, header)
+        owned = self._attend_for_others(arrived, *layout.unpack(header, part.all_reads))
+        parts = self._dispatcher.give_back(route, _packed(owned))
+        state = _merge([near, *map(_unpacked, parts)])
+        if last_lse is not None:
+            lse = state.lse.expand_as(last_lse)
+            if goes_to is not None:
+                lse = torch.where(goes_to.unsqueeze(2), lse, last_lse)
+            self._last_lse[part.window_slots] = lse
+        return state
+
+    def _attend_for_others(
+        self, query: torch.Tensor, reads: OwnerReads, lse: torch.Tensor | None
+    ) -> AttentionState:
+        if lse is None:
+            return self.store.attend(query, reads, [])
+        self.store.statistics.credit(reads.slots, lse)
+        return self.store.attend_counting(query, reads, [], is_whole=False)
+
+    def _visited_ranks(self, reads: Reads) -> torch.Tensor | None:
+        """[n, G], bool: the owners of visited shards."""
+        if reads.shards is None:
+            return None
+        return reads.shards.unflatten(1, (-1, self._placement.num_ranks)).any(dim=1)
+
+    def _attend_prefill(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StepPlan
+    ) -> AttentionState:
+        """Prompts attend to themselves and to all that is kept of their past: [t', np, w_v]."""
+        part = plan.prefill
+        state = causal_attention(query, key, value, part.lens, self.spec.softmax_scale)
+        for index, row in enumerate(part.rows):
+            if row.past:
+                window = [self._window_list(part.window_reads(index))]
+                own = query[row.tokens].unsqueeze(0)
+                if row.reads and self._placement.num_ranks == 1:
+                    near = self.store.attend(own, row.reads, window)
+                else:
+                    near, _ = decode_attention(own, window, self.spec.softmax_scale)
+                _merge_into(state, row.tokens, near)
+        if part.reads_shards and self._placement.num_ranks > 1:
+            self._attend_far(query, state, plan)
+        return state
+
+    def _attend_far(self, query: torch.Tensor, state: AttentionState, plan: StepPlan) -> None:
+        """Merge into a state what owners have of the prompts' past."""
+        by_rank = plan.prefill.rows_by_rank
+        counts = [sum(_length(row.tokens) for row in rows if row.reads) for rows in by_rank]
+        own = [row.tokens for row in plan.prefill.rows if row.reads]
+        posted = torch.cat([query[:0], *(query[tokens] for tokens in own)])
+        route = self._dispatcher.post(posted, None, counts)
+        arrived, _ = self._dispatcher.wait(route, posted, None)
+        owned, first = [], 0
+        for row in (row for rows in by_rank for row in rows if row.reads):
+            last = first + _length(row.tokens)
+            owned.append(self.store.attend(arrived[first:last].unsqueeze(0), row.reads, []))
+            first = last
+        packed = torch.cat([_packed(part)[0] for part in owned])
+        parts = self._dispatcher.give_back(route, packed)
+        far = _merge([_unpacked(part) for part in parts])
+        first = 0
+        for tokens in own:
+            last = first + _length(tokens)
+            _merge_into(state, tokens, AttentionState(*(x[None, first:last] for x in far)))
+            first = last
+
+    def _flush(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
+        """Tokens leave for their shards; then owners drop the pages that are too many."""
+        flush = plan.flush
+        block = leaving_tokens(self.window, self._chunk, flush, self._placement, experts)
+        if self.directory is not None:
+            self.directory.note(block)
+        if self._placement.num_ranks > 1:
+            copies = 1 if experts is None else experts.shape[1]
+            owner = self._placement.owner(block.shard)
+            counts = [count * copies for count in flush.counts]
+            block = block.unpacked(self._dispatcher.send(block.packed(), owner, counts))
+        self.store.insert(block)
+        if self.store.retention is not None:
+            if self.store.statistics is not None and self._prompts is not None:
+                self._observe(plan)
+            self._prune(plan)
+
+    def _observe(self, plan: StepPlan) -> None:
+        """Let the prompts' last queries judge every page, those just sealed included.
+
+        A query sees no page that is younger than itself: pages end a window before the prompt.
+        """
+        wanted = self.spec.options.retention.observation_window
+        spans = plan.prefill.last_tokens(min(wanted, plan.window + 1))
+        own = spans[self._placement.rank]
+        query, lse = (torch.cat([x[:0], *(x[span] for span in own)]) for x in self._prompts)
+        counts = [sum(map(_length, ranks)) for ranks in spans]
+        told = lse.unsqueeze(1).expand(-1, self._placement.num_ranks, -1).contiguous()
+        told = told.view(torch.int32)
+        route = self._dispatcher.post(query, told, counts)
+        query, told = self._dispatcher.wait(route, query, told)
+        lse, first = told.contiguous().view(torch.float32), 0
+        for slots, ranks in zip(plan.prefill.slots_by_rank, spans):
+            for slot, span in zip(slots, ranks):
+                last = first + _length(span)
+                reads = OwnerReads(query.new_tensor([slot]).long(), plan.flush.most_pages)
+                self.store.observe(query[None, first:last], lse[None, first:last], reads)
+                first = last
+
+    def _prune(self, plan: StepPlan) -> None:
+        """Drop pages beyond the budget, and tell their homes, which list them too."""
+        flush = plan.flush
+        every = [slot for slots in flush.slots_by_rank for slot in slots]
+        device = self.spec.kv.device
+        drop = self.store.prune(torch.tensor(every, device=device), flush.most_pages)
+        if self.directory is None:
+            return
+        own = flush.slots_by_rank[self._placement.rank]
+        first_slot = self._placement.rank * plan.slots_per_rank
+        counts = [len(slots) for slots in flush.slots_by_rank]
+        route = self._dispatcher.everywhere(counts)
+        words = self._dispatcher.give_back(route, pack_bits(drop), FLUSH_OP)
+        slots = torch.tensor(own, dtype=torch.int64, device=device) - first_slot
+        self.directory.apply(slots, unpack_bits(words, drop.shape[1]).transpose(0, 1))
+
+    def _window_list(self, reads: PageList) -> PageList:
+        return reads._replace(pages=KVPages(self.window.keys, self.window.values))
+
+
+def _length(tokens: slice) -> int:
+    return tokens.stop - tokens.start
+
+
+def _packed(state: AttentionState) -> torch.Tensor:
+    """[..., w_v] and [...] -> [..., w_v + 1], float32, so that one collective carries both."""
+    return torch.cat([state.out.float(), state.lse.unsqueeze(-1)], dim=-1)
+
+
+def _unpacked(packed: torch.Tensor) -> AttentionState:
+    return AttentionState(packed[..., :-1], packed[..., -1])
+
+
+def _merge(states: list[AttentionState]) -> AttentionState:
+    """The whole of some parts, in the type of the first."""
+    out = torch.stack([state.out.float() for state in states])
+    merged = merge_states(out, torch.stack([state.lse for state in states]))
+    return AttentionState(merged.out.to(states[0].out.dtype), merged.lse)
+
+
+def _merge_into(state: AttentionState, tokens: slice, part: AttentionState) -> None:
+    """Merge a part [1, sq, np, w_v] into the tokens of a state [t, np, w_v]."""
+    own = AttentionState(*(x[tokens].unsqueeze(0) for x in state))
+    merged = _merge([own, part])
+    state.out[tokens], state.lse[tokens] = merged.out[0], merged.lse[0]

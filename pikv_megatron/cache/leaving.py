@@ -1,0 +1,52 @@
+"""The tokens that leave the stream windows in a step, with the shards that they go to.
+
+Legend: t tokens, w_k and w_v widths, ng KV heads.
+"""
+
+import torch
+
+from pikv_megatron.cache.flush_plan import FlushPlan
+from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.stream_window import StreamWindow
+from pikv_megatron.cache.tokens import TokenBlock
+
+
+def leaving_tokens(
+    window: StreamWindow, chunk: tuple[torch.Tensor, torch.Tensor], flush: FlushPlan,
+    placement: Placement, experts: torch.Tensor | None,
+) -> TokenBlock:
+    """What a flush takes out of the windows and of the step's own tokens.
+
+    Args:
+        chunk: keys and values [t, ng, w] of the step.
+        experts: [t, replicas], chosen for the step's tokens; None where placement does not ask.
+    """
+    new = [x.index_select(0, flush.chunk_source).transpose(0, 1) for x in chunk]
+    old = window.read(flush.window_places)
+    keys, values = (torch.cat(parts, dim=1) for parts in zip(old, new))
+    if experts is None:
+        shard = placement.shard(flush.position, None)
+        return TokenBlock(
+            keys, values, flush.slot, shard, flush.position, torch.zeros_like(shard)
+        )
+    chosen = torch.cat([window.expert[flush.window_places], experts[flush.chunk_source]])
+    return _replicate(keys, values, flush, placement, chosen.long())
+
+
+def _replicate(
+    keys: torch.Tensor, values: torch.Tensor, flush: FlushPlan, placement: Placement,
+    chosen: torch.Tensor,
+) -> TokenBlock:
+    """One row for each of the experts chosen [t, replicas]; a shard met before gets none."""
+    copies = chosen.shape[1]
+    position = flush.position.unsqueeze(1)
+    shard = placement.shard(position, chosen)
+    bit = 1 << shard
+    seen = torch.zeros_like(bit)
+    for order in range(1, copies):
+        seen[:, order] = seen[:, order - 1] | bit[:, order - 1]
+    slot = flush.slot.unsqueeze(1).masked_fill((seen & bit) != 0, -1)
+    return TokenBlock(
+        keys.repeat_interleave(copies, dim=1), values.repeat_interleave(copies, dim=1),
+        slot.flatten(), shard.flatten(), position.expand(-1, copies).flatten(), seen.flatten(),
+    )

@@ -1,0 +1,31 @@
+"""What queries that came to an owner read of its part.
+
+Legend: n queries' sequences, N shards, k pages read, m columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class OwnerReads(NamedTuple):
+    """What an owner is asked to read.
+
+    Attributes:
+        slots: [n], int64, the sequences.
+        num_columns: m, at least the pages that any of them ever filled here.
+        key: the slots, where the host knows them.
+        visited: [n, N], bool, the visited shards; None for all of them.
+        columns: [n, k], int64, pages to read by their columns, -1 for none; None for all of the
+            visited shards.
+    """
+
+    slots: torch.Tensor
+    num_columns: int
+    key: tuple[int, ...] | None = None
+    visited: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        return self.visited is None and self.columns is None

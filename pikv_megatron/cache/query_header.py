@@ -1,0 +1,71 @@
+"""What an owner is told of a decode step's query, besides the query itself.
+
+One row of int32 words for each (query, owner): the sequence's slot and the visited shards where
+queries are routed, the columns to read where pages are selected, and the log-sum-exp of the
+sequence's last attention where masses are counted.
+
+Legend: n queries, G ranks, N shards, k columns, np query heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from pikv_megatron.cache.owner_reads import OwnerReads
+from pikv_megatron.parallel.packet import pack_bits, unpack_bits
+from pikv_megatron.types import Reads
+
+
+class HeaderLayout(NamedTuple):
+    """Which words a header has: the same on all ranks.
+
+    Attributes:
+        num_shards: N where queries are routed, else 0.
+        num_columns: k where pages are selected, else 0.
+        num_heads: np where masses are counted, else 0.
+    """
+
+    num_shards: int
+    num_columns: int
+    num_heads: int
+
+    def pack(
+        self, reads: Reads, slots: torch.Tensor, last_lse: torch.Tensor | None, num_ranks: int
+    ) -> torch.Tensor | None:
+        """[n, G, words], int32; None where there is nothing to tell.
+
+        Args:
+            slots: [n], int64.
+            last_lse: [n, G, np], float32, of each owner's last part of the sequence.
+            num_ranks: G.
+        """
+        fields = []
+        if self.num_shards:
+            told = torch.cat([slots.int().unsqueeze(1), pack_bits(reads.shards)], dim=1)
+            fields.append(told.unsqueeze(1).expand(-1, num_ranks, -1))
+        if self.num_columns:
+            fields.append(reads.columns.int())
+        if self.num_heads:
+            fields.append(last_lse.contiguous().view(torch.int32))
+        if not fields:
+            return None
+        return torch.cat(fields, dim=2)
+
+    def unpack(
+        self, header: torch.Tensor | None, reads: OwnerReads
+    ) -> tuple[OwnerReads, torch.Tensor | None]:
+        """What a header [R, words] asks for, and the log-sum-exps [R, np].
+
+        Args:
+            reads: of all rows of all ranks; where queries are routed, others may have come.
+        """
+        if header is None:
+            return reads, None
+        shard_words = 1 + -(-self.num_shards // 32) if self.num_shards else 0
+        told, columns, lse = header.split([shard_words, self.num_columns, self.num_heads], dim=1)
+        if self.num_shards:
+            visited = unpack_bits(told[:, 1:], self.num_shards)
+            reads = OwnerReads(told[:, 0].long(), reads.num_columns, visited=visited)
+        if self.num_columns:
+            reads = reads._replace(columns=columns.long())
+        return reads, lse.contiguous().view(torch.float32) if self.num_heads else None
