@@ -21,8 +21,8 @@ from pikv_megatron import (
     pikv_layer_spec,
 )
 from pikv_megatron.checkpoint.huggingface import load_huggingface
-from pikv_megatron.inference.generation import GenerationOutput, StepOutput
 from pikv_megatron.inference.options import GenerateOptions, parse_options
+from pikv_megatron.inference.outputs import GenerationOutput, StepOutput
 from pikv_megatron.inference.program import IS_FIRST_RANK, refuse, use_device
 from pikv_megatron.inference.progress import progress
 from pikv_megatron.inference.report import RankUsage, RunClock, gather_usage, report_table

@@ -10,6 +10,7 @@ from typing import Any, Sequence
 import torch
 from pydantic import ValidationError
 
+from pikv_megatron.cache.placement import Placement
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ def parse_options(argv: Sequence[str], deepspeed_config: Path) -> GenerateOption
     architecture, tokenizer = _read_model(args.model)
     pikv = PiKVConfig.from_file(args.pikv) if args.pikv else PiKVConfig()
     expert_parallel_size = _expert_parallel_size(args, architecture)
-    pikv.num_shards(expert_parallel_size)
+    Placement.resolve(pikv, expert_parallel_size)
     prompts = _read_prompts(args)
     options = GenerateOptions(
         model=args.model,

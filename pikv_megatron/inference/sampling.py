@@ -96,18 +96,20 @@ def filtered_distribution(
     return probabilities, order
 
 
-def uniform_numbers(seed: int, sequences: torch.Tensor, steps: torch.Tensor | int) -> torch.Tensor:
+def uniform_numbers(
+    seed: torch.Tensor | int, sequences: torch.Tensor, steps: torch.Tensor | int
+) -> torch.Tensor:
     """Numbers in [0, 1) that depend on (seed, sequence, step) only, not on the batch or the rank.
 
     Args:
-        seed: `SamplingParams.seed`.
+        seed: [n] or one number, int64, `SamplingParams.seed`.
         sequences: [n], int64, the sequences' indices in the whole batch.
         steps: [n] or one number, int64, how many tokens each sequence has drawn before.
 
     Returns:
         [n], float64, 53 random bits each.
     """
-    state = _mix(_mix(_mix(torch.full_like(sequences, seed)) + sequences) + steps)
+    state = _mix(_mix(_mix(torch.zeros_like(sequences) + seed) + sequences) + steps)
     return _shift_right(state, 11).double() * 2.0**-53
 
 

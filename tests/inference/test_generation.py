@@ -48,19 +48,36 @@ def test_a_next_turn_continues_the_cache(lm):
         assert second.token_ids[index] == greedy(lm.model, whole, 7)
 
 
+def test_a_refused_next_turn_changes_nothing(lm):
+    first = lm.generate(PROMPTS[:2], max_new_tokens=5, keep_cache=True)
+    stop = StopCriteria(stop_token_ids=[first.token_ids[0][0]])
+    stop.update(0, first.token_ids[0][0])
+    for turn in ([[11]], [[11], [VOCAB]], [[11], []], [[11], [1] * 500]):
+        with pytest.raises(ValueError):
+            lm.generate(turn, stop=stop, resume=True)
+    with pytest.raises(ValueError):
+        lm.generate([[VOCAB]])
+    assert stop.update(0, 1) == "stop"  # a refused call does not reset it
+    second = lm.generate([[11], [2]], max_new_tokens=5, resume=True)
+    for prompt, tokens, turn, new in zip(PROMPTS, first.token_ids, [[11], [2]], second.token_ids):
+        assert new == greedy(lm.model, prompt + tokens + turn, 5)
+    with pytest.raises(ValueError, match="resume: 0 sequences"):
+        lm.generate([[11], [2]], resume=True)
+
+
 def test_finished_and_cancelled_sequences_give_their_pages_back(lm):
     stop_token = lm.generate([PROMPTS[0]], max_new_tokens=4).token_ids[0][2]
 
     def cancel(step):
-        lm.context.check_integrity()
+        lm.engine.context.check_integrity()
         return [1] if step.step == 5 else None
 
     stop = StopCriteria(stop_token_ids=[stop_token], stop_strings=[], tokenizer=None)
     out = lm.generate(PROMPTS, max_new_tokens=12, stop=stop, callback=cancel)
     assert out.finish_reasons[0] == "stop" and len(out.token_ids[0]) <= 3
     assert len(out.token_ids[1]) <= 6
-    assert lm.context._sequences == {}
-    lm.context.check_integrity()
+    assert lm.engine.context._sequences == {}
+    lm.engine.context.check_integrity()
 
 
 def test_a_failing_callback_leaves_nothing_behind(lm):
@@ -69,8 +86,8 @@ def test_a_failing_callback_leaves_nothing_behind(lm):
 
     with pytest.raises(KeyError):
         lm.generate(PROMPTS, callback=fail)
-    lm.context.check_integrity()
-    assert lm.context._sequences == {}
+    lm.engine.context.check_integrity()
+    assert lm.engine.context._sequences == {}
     assert lm.generate(PROMPTS[:1], max_new_tokens=3).token_ids == [greedy(lm.model, PROMPTS[0], 3)]
 
 
@@ -100,7 +117,7 @@ def test_what_cannot_be_generated_is_refused(lm, prompts, settings, message):
 
 def test_the_report_counts_the_allocated_tensors(lm):
     lm.generate(PROMPTS, max_new_tokens=5)
-    tensors = [t for layer in lm.context.layers.values() for t in layer.tensors()]
+    tensors = [t for layer in lm.engine.context.layers.values() for t in layer.tensors()]
     assert lm.cache_report().allocated_bytes == sum(t.untyped_storage().nbytes() for t in tensors)
     assert lm.cache_report().num_decode_steps == 4
 
@@ -116,7 +133,7 @@ def on_ranks(expert_parallel_size: int, tensor_parallel_size: int) -> list:
                 out = engine.generate(prompts, max_new_tokens=10)
                 expected = [greedy(lm.model, prompt, 10) for prompt in prompts]
                 results.append(out.token_ids == expected)
-            lm.context.check_integrity()
+            lm.engine.context.check_integrity()
         return results
 
 
@@ -125,18 +142,19 @@ def test_every_rank_returns_the_whole_batch(ep, tp):
     assert all(all(flags) for flags in run_ranks(on_ranks, ep * tp, ep, tp, timeout=200))
 
 
-def different_prompts() -> str:
+def different_prompts(tokens: list[int]) -> str:
     with process_groups(expert_parallel_size=2, timeout_seconds=30) as pg:
         lm = PiKVForCausalLM(build(pg, PIKV), PIKV)
         try:
-            lm.generate([[1 + pg.ep.rank()]])
+            lm.generate([[tokens[pg.ep.rank()]]])
         except ValueError as error:
             return str(error)
         return ""
 
 
-def test_ranks_with_different_prompts_are_told():
-    assert all("same prompts" in message for message in run_ranks(different_prompts, 2))
+@pytest.mark.parametrize("tokens", [[1, 2], [1, VOCAB]])  # the second is refused on its own, too
+def test_ranks_with_different_prompts_are_told(tokens):
+    assert all("same prompts" in message for message in run_ranks(different_prompts, 2, tokens))
 
 
 def one_rank_fails() -> None:
@@ -161,7 +179,7 @@ def shard_bytes(num_ranks: int) -> tuple[int, int]:
         pikv = PiKVConfig(page_size=4, window=8, num_sinks=0, flush_interval=4)
         lm = PiKVForCausalLM(build(pg, pikv), pikv)
         lm.generate([[3] * 396] * 4, max_new_tokens=4)
-        pools = [layer.store.pool for layer in lm.context.layers.values()]
+        pools = [layer.store.pool for layer in lm.engine.context.layers.values()]
         pages = sum(t[:, :-1].nbytes for p in pools for t in (p.kv.keys, p.kv.values))
         return pages, lm.cache_report().dense_bytes
 

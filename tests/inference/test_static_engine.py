@@ -48,7 +48,7 @@ def wrapper(model, context):
 def generate(expert_parallel_size: int) -> list[bool]:
     with process_groups(expert_parallel_size=expert_parallel_size, timeout_seconds=60) as pg:
         model = build(pg, PIKV)
-        context = PiKVInferenceContext(4, 64, PIKV, pg.ep)
+        context = PiKVInferenceContext.for_model(model, PIKV, 4, 64)
         expected = []
         for prompt in PROMPTS:
             tokens = Numbers().tokenize(prompt)

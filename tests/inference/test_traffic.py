@@ -6,7 +6,7 @@ import torch
 from ranks import run_ranks
 
 from pikv_megatron.inference.traffic import KV_OPS, TrafficMeter
-from pikv_megatron.parallel.process_groups import process_groups
+from pikv_megatron.runtime.process_groups import process_groups
 
 
 def send(num_floats: int, op: str) -> None:

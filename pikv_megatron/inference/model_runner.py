@@ -1,0 +1,79 @@
+"""One forward pass over the tokens of a step.
+
+Legend: T tokens of the pass, padding included, m of this rank's sequences that are fed entirely,
+h hidden size, vocab token ids.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from pikv_megatron.cache.step_plan import StepPlan
+from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.inference.schedule import Feed, FeedsByRank
+from pikv_megatron.transformer.context import PiKVInferenceContext
+
+
+class ModelRunner:
+    """Feeds a model, and keeps the logits that a token is chosen from.
+
+    Args:
+        model: built from a spec that went through `pikv_layer_spec`.
+        context: its cache.
+        vocab_size: ids that may be chosen, the first ones of the model's.
+    """
+
+    def __init__(self, model: GPTModel, context: PiKVInferenceContext, vocab_size: int):
+        self.model = model.eval()
+        self.context = context
+        self.vocab_size = vocab_size
+
+    def forward(self, feeds: FeedsByRank) -> torch.Tensor:
+        """Feed every rank's tokens. A rank without any takes part with one token of padding.
+
+        Returns:
+            [m, vocab]: what follows this rank's feeds that are whole, in the order given.
+        """
+        rows = [[StepRow(feed.sequence.cached, feed.count) for feed in rank] for rank in feeds]
+        device = next(self.model.parameters()).device
+        self.context.begin_step(rows, device)
+        plan, own = self.context.plan, feeds[self.context.rank]
+        ids, last = self._token_ids(plan, own), self._last_tokens(plan, own)
+        with self._only(last):
+            logits = self.model(
+                ids.to(device), plan.positions.unsqueeze(0), None,
+                inference_context=self.context, runtime_gather_output=True,
+            )
+        self.context.finish_step()
+        return logits[: len(last), 0, : self.vocab_size]
+
+    def _token_ids(self, plan: StepPlan, own: list[Feed]) -> torch.Tensor:
+        """[1, T], in the plan's order."""
+        tokens = {feed.sequence.cached.slot: feed.tokens for feed in own}
+        ids = torch.zeros(1, plan.num_padded, dtype=torch.int64)
+        flat = [token for row in plan.rows for token in tokens[row.sequence.slot]]
+        ids[0, : plan.num_tokens] = torch.tensor(flat, dtype=torch.int64)
+        return ids
+
+    def _last_tokens(self, plan: StepPlan, own: list[Feed]) -> torch.Tensor:
+        """[m], places of the last tokens of feeds that are whole."""
+        row_of = {row.sequence.slot: number for number, row in enumerate(plan.rows)}
+        rows = [row_of[feed.sequence.cached.slot] for feed in own if feed.is_whole]
+        return plan.last_tokens[torch.tensor(rows, dtype=torch.int64)]
+
+    @contextmanager
+    def _only(self, last: torch.Tensor) -> Iterator[None]:
+        """Give the output layer, the widest of all, those tokens only: [T, 1, h] -> [1, m, h].
+
+        Where there are none it gets one, as not every output layer takes an empty batch.
+        """
+        kept = last if len(last) else last.new_zeros(1)
+        handle = self.model.decoder.register_forward_hook(
+            lambda decoder, args, hidden_states: hidden_states[kept].transpose(0, 1)
+        )
+        try:
+            yield
+        finally:
+            handle.remove()

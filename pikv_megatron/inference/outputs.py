@@ -1,0 +1,63 @@
+"""What the engine and `generate` hand back."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """What was generated, by prompt.
+
+    Attributes:
+        token_ids: new tokens, a stop token included.
+        logprobs: their natural log-probabilities under the model.
+        finish_reasons: "stop", "length" or "cancelled".
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    finish_reasons: list[str]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """One step, for a streaming callback.
+
+    Attributes:
+        step: counts from 0.
+        tokens: the token chosen for each prompt; None where none was.
+    """
+
+    step: int
+    tokens: list[int | None]
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What the cache costs on this rank.
+
+    Attributes:
+        allocated_bytes: every tensor of the cache, metadata included.
+        dense_bytes: a dense cache of the whole batch, as a stock rank holds it.
+        num_decode_steps: steps of the last call in which nothing of a prompt was fed.
+    """
+
+    allocated_bytes: int
+    dense_bytes: int
+    num_decode_steps: int
+
+
+@dataclass(frozen=True)
+class EngineStep:
+    """What a step did, by sequence id.
+
+    Attributes:
+        token_ids: the tokens chosen.
+        logprobs: their natural log-probabilities under the model.
+        finish_reasons: of the sequences that ended: "stop" or "length".
+        num_prompt_tokens: tokens of prompts that were fed, on all ranks.
+    """
+
+    token_ids: dict[int, int]
+    logprobs: dict[int, float]
+    finish_reasons: dict[int, str]
+    num_prompt_tokens: int
