@@ -12,17 +12,16 @@ from pathlib import Path
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from rich.console import Console
 
 from pikv_megatron import destroy_process_groups, init_process_groups
-from pikv_megatron.benchmarks.measurement import (
-    Measurement,
-    build_models,
-    measure,
-    num_steps_in_all,
-)
-from pikv_megatron.benchmarks.options import BenchmarkOptions, parse_options
-from pikv_megatron.benchmarks.report import report_json, report_table
+from pikv_megatron.benchmarks.model.contestants import build_models
+from pikv_megatron.benchmarks.model.measurement import Measurement, measure
+from pikv_megatron.benchmarks.model.options import BenchmarkOptions, parse_options
+from pikv_megatron.benchmarks.model.ragged import RaggedMeasurement, measure_ragged
+from pikv_megatron.benchmarks.model.report import report_json
+from pikv_megatron.benchmarks.model.tables import report_tables
 from pikv_megatron.inference.program import IS_FIRST_RANK, refuse, use_device
 from pikv_megatron.inference.progress import progress
 
@@ -37,33 +36,42 @@ def main() -> int:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         with redirect_stdout(sys.stderr):  # DeepSpeed prints what it builds
-            measurements = run(options)
+            measured = run(options)
     except ValueError as error:
         return refuse(error)
     if IS_FIRST_RANK:
-        Console().print(report_table(options, measurements))
+        Console().print(*report_tables(options, *measured), sep="\n")
         if options.output is not None:
-            report = report_json(options, measurements, command())
+            report = report_json(options, *measured, command())
             options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def run(options: BenchmarkOptions) -> list[Measurement]:
-    """Measure at every context length."""
+def run(options: BenchmarkOptions) -> tuple[list[Measurement], dict[str, RaggedMeasurement]]:
+    """Measure at every context length, and each PiKV cache over the mixed batch, if asked."""
     groups = init_process_groups(expert_parallel_size=int(os.environ.get("WORLD_SIZE", "1")))
     models = build_models(options, groups)
-    measurements = []
-    for context_len in options.contexts:
-        num_done = 0
-        with progress(f"{context_len:,} cached tokens", IS_FIRST_RANK) as advance:
+    measurements = [measure_at(options, models, length) for length in options.contexts]
+    ragged = {}
+    for name in options.pikv if options.lengths else ():
+        with progress(f"mixed batch, {name}", IS_FIRST_RANK) as advance:
+            ragged[name] = measure_ragged(options, models, name, advance)
+    return measurements, ragged
 
-            def on_step() -> None:
-                nonlocal num_done
-                num_done += 1
-                advance(num_done, num_steps_in_all(options))
 
-            measurements.append(measure(options, models, context_len, on_step))
-    return measurements
+def measure_at(
+    options: BenchmarkOptions, models: dict[str, GPTModel], context_len: int
+) -> Measurement:
+    """Measure behind one context length and show how far it is."""
+    num_done = 0
+    with progress(f"{context_len:,} cached tokens", IS_FIRST_RANK) as advance:
+
+        def on_step() -> None:
+            nonlocal num_done
+            num_done += 1
+            advance(num_done, options.num_steps)
+
+        return measure(options, models, context_len, on_step)
 
 
 def command() -> str:

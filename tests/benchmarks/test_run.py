@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from pikv_megatron.benchmarks import op_cases, op_report, run
-from pikv_megatron.benchmarks.random_pages import PAYLOADS
+from pikv_megatron.benchmarks.ops import op_cases, op_report, run
+from pikv_megatron.benchmarks.ops.random_pages import PAYLOADS
 from pikv_megatron.types import AttentionState
 
 TINY = ["--quick", "--tokens", "64", "--page-sizes", "8", "--device", "cpu"]
@@ -24,7 +24,7 @@ def test_every_operation_is_in_table_file_and_plot(tmp_path, capsys):
     printed = capsys.readouterr()
     report = json.loads(files[0].read_text())
     assert report["refused"] == {} and report["machine"]["torch"] == torch.__version__
-    assert report["command"].startswith("python -m pikv_megatron.benchmarks.run --quick")
+    assert report["command"].startswith("python -m pikv_megatron.benchmarks.ops.run --quick")
     rows = report["results"]
     assert {row["op"] for row in rows} == set(op_cases.CASES)
     for op, count in (("decode_attention", 2), ("seal_page", 1)):

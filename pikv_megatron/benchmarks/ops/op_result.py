@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pikv_megatron.benchmarks.op_case import OpCase
-from pikv_megatron.benchmarks.op_timer import OpTimer
+from pikv_megatron.benchmarks.ops.op_case import OpCase
+from pikv_megatron.benchmarks.ops.op_timer import OpTimer
 
 OWN = "PiKV"
 

@@ -7,7 +7,7 @@ from typing import Callable, Iterator
 
 import torch
 
-from pikv_megatron.benchmarks.op_case import (
+from pikv_megatron.benchmarks.ops.op_case import (
     Grid,
     OpCase,
     in_turn,
@@ -15,8 +15,8 @@ from pikv_megatron.benchmarks.op_case import (
     rms_error,
     storage_bytes,
 )
-from pikv_megatron.benchmarks.peers import dense_peers
-from pikv_megatron.benchmarks.random_pages import (
+from pikv_megatron.benchmarks.ops.peers import dense_peers
+from pikv_megatron.benchmarks.ops.random_pages import (
     HEAD_WIDTH,
     NUM_GROUPS,
     PAYLOADS,
@@ -26,7 +26,7 @@ from pikv_megatron.benchmarks.random_pages import (
     plain_numbers,
     scaled_pages,
 )
-from pikv_megatron.benchmarks.random_sketches import SKETCHES, exact_logits, sketch_of
+from pikv_megatron.benchmarks.ops.random_sketches import SKETCHES, exact_logits, sketch_of
 from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.score_pages import score_pages
 from pikv_megatron.types import AttentionState, KVPages, PageList, PageScores, PageSketch

@@ -4,16 +4,23 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import torch
 import yaml
 
+from pikv_megatron.benchmarks.model.caches import flush_interval, read_caches
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive, writable
 
 DEFAULT_FLUSHES = 4
+# Steps whose operator calls are counted: the first one behind a flush lists anew what it reads.
+COUNTED_STEPS = 2
+DEFAULT_CONTEXTS = 1024, 8192, 32768
+# From 16 to 8,192 tokens, each 1.5 times as long as the one before.
+DEFAULT_LENGTHS = tuple(round(16 * 512 ** (i / 15)) for i in range(16))
+GROUPED, SDPA, STOCK = "dense, grouped product", "dense, SDPA", "stock Megatron"
 
 
 @dataclass(frozen=True)
@@ -22,8 +29,9 @@ class BenchmarkOptions:
 
     Attributes:
         architecture: of the model, which gets random weights.
-        pikv: the cache.
+        pikv: the caches, by name.
         contexts: tokens in the cache before the first step, one measurement each.
+        lengths: the same of every sequence of a mixed batch; none: no such batch is measured.
         batch_size: sequences on all ranks.
         steps: timed steps, whole flush intervals.
         dtype: type of weights and caches.
@@ -34,8 +42,9 @@ class BenchmarkOptions:
     """
 
     architecture: Architecture
-    pikv: PiKVConfig
+    pikv: Mapping[str, PiKVConfig]
     contexts: tuple[int, ...]
+    lengths: tuple[int, ...]
     batch_size: int
     steps: int
     dtype: torch.dtype
@@ -45,13 +54,28 @@ class BenchmarkOptions:
     seed: int
 
     @property
+    def names(self) -> list[str]:
+        """The contestants, as they are shown; the first one's logits are the reference."""
+        return [GROUPED, SDPA, *self.pikv, STOCK]
+
+    @property
+    def flush_interval(self) -> int:
+        """Steps after which every cache has flushed a whole number of times."""
+        return flush_interval(self.pikv)
+
+    @property
     def extra_steps(self) -> int:
         """Steps before the timed ones, and again behind them, where attention is timed."""
-        return self.pikv.flush_interval
+        return self.flush_interval
+
+    @property
+    def num_steps(self) -> int:
+        """All steps of a contestant at one context length."""
+        return self.steps + 2 * self.extra_steps + COUNTED_STEPS
 
 
 def parse_options(argv: Sequence[str], configs: Path) -> BenchmarkOptions:
-    """Read the command line and the two files that it names.
+    """Read the command line and the files that it names.
 
     Args:
         argv: without the program's name.
@@ -61,14 +85,14 @@ def parse_options(argv: Sequence[str], configs: Path) -> BenchmarkOptions:
         ValueError: with one line that says what is wrong.
     """
     args = _parser(configs).parse_args(argv)
-    pikv = PiKVConfig.from_file(args.pikv)
-    pikv.num_shards(int(os.environ.get("WORLD_SIZE", "1")))
+    pikv = read_caches(args.pikv, configs, (GROUPED, SDPA, STOCK))
     options = BenchmarkOptions(
         architecture=_read_architecture(args.model),
         pikv=pikv,
-        contexts=tuple(args.contexts),
+        contexts=tuple(args.contexts or (DEFAULT_CONTEXTS if args.lengths is None else ())),
+        lengths=() if args.lengths is None else tuple(args.lengths) or DEFAULT_LENGTHS,
         batch_size=args.batch_size,
-        steps=_steps(args.steps, pikv.flush_interval),
+        steps=_steps(args.steps, flush_interval(pikv)),
         dtype=DTYPES[args.dtype],
         threads=args.threads,
         clock=_clock(args),
@@ -81,17 +105,21 @@ def parse_options(argv: Sequence[str], configs: Path) -> BenchmarkOptions:
 
 def _parser(configs: Path) -> ArgumentParser:
     parser = ArgumentParser(
-        "Time decoding over a PiKV cache, over a dense one, and in stock Megatron. Under "
+        "Time decoding over PiKV caches, over dense ones, and in stock Megatron. Under "
         "deepspeed --num_accelerators N the ranks share experts and sequences."
     )
     add = parser.add_argument
     add("--model", type=Path, default=configs / "model/benchmark.yaml",
         help="YAML file of the model; default: configs/model/benchmark.yaml")
-    add("--pikv", type=Path, default=configs / "pikv/lossless.yaml",
-        help="YAML file of the cache; default: configs/pikv/lossless.yaml")
-    add("--contexts", type=positive(int), nargs="+", default=[1024, 8192, 32768],
-        help="cached tokens before the first step; default: 1024 8192 32768")
-    add("--batch-size", type=positive(int), default=1, help="on all ranks; default: 1")
+    add("--pikv", nargs="+", default=["lossless"], help="caches, each a contestant: names of "
+        "presets, or YAML files of your own; default: lossless")
+    add("--contexts", type=positive(int), nargs="+", help="cached tokens before the first step; "
+        "default: 1024 8192 32768, or none with --lengths")
+    add("--lengths", type=positive(int), nargs="*", help="measure a batch of sequences with so "
+        "many cached tokens, and what each costs among its equals; without numbers: 16 sequences "
+        "from 16 to 8192")
+    add("--batch-size", type=positive(int), default=1, help="sequences on all ranks, for "
+        "--contexts; default: 1")
     add("--steps", type=positive(int), help="timed steps, a multiple of flush_interval; "
         f"default: {DEFAULT_FLUSHES} of them")
     add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
@@ -142,13 +170,12 @@ def _clock(args: argparse.Namespace) -> str:
 
 
 def _check_lengths(options: BenchmarkOptions) -> None:
-    capacity = options.architecture.max_sequence_length
-    if options.pikv.max_sequence_length is not None:
-        capacity = min(capacity, options.pikv.max_sequence_length)
-    decoded = options.steps + 2 * options.extra_steps
-    for context_len in options.contexts:
-        if context_len + decoded > capacity:
-            raise ValueError(
-                f"--contexts {context_len}: with the {decoded} tokens that are decoded behind it, "
-                f"it exceeds max_sequence_length {capacity}"
-            )
+    limits = [options.architecture, *options.pikv.values()]
+    capacity = min(one.max_sequence_length for one in limits if one.max_sequence_length is not None)
+    for flag, lengths in (("--contexts", options.contexts), ("--lengths", options.lengths)):
+        for length in lengths:
+            if length + options.num_steps > capacity:
+                raise ValueError(
+                    f"{flag} {length}: with the {options.num_steps} tokens that are decoded behind "
+                    f"it, it exceeds max_sequence_length {capacity}"
+                )

@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 import torch
 
-from pikv_megatron.benchmarks.dense_context import grouped_attention, sdpa_attention
+from pikv_megatron.benchmarks.model.dense_context import grouped_attention, sdpa_attention
 
 
 def dense_peers(

@@ -3,7 +3,7 @@
 A real prefill of a long context costs time that grows with its square, so the caches are filled
 with random keys and values. That they were filled alike shows in the logits, which are compared.
 
-Legend: L tokens of the context, n sequences of this rank, ng KV heads, hn head width.
+Legend: L tokens of the longest sequence, n sequences of this rank, ng KV heads, hn head width.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from pikv_megatron.benchmarks.dense_context import rotate
+from pikv_megatron.benchmarks.model.dense_context import rotate
 
 # Large enough for attention to prefer some tokens: over a flat one the logits would tell little.
 KEY_SCALE = 6.0
@@ -20,23 +20,31 @@ KEY_SCALE = 6.0
 
 @dataclass(frozen=True)
 class Workload:
-    """Sequences of equal length, dealt over the expert-parallel ranks as `generate` does.
+    """Sequences, dealt over the expert-parallel ranks as `generate` does.
 
     Attributes:
-        context_len: L, tokens that are cached before the first step.
+        lengths: tokens of every sequence on all ranks that are cached before the first step.
         capacity: tokens that a sequence can have.
-        batch_size: sequences on all ranks.
         num_ranks: expert-parallel ranks.
         rank: this one.
         seed: of keys, values and tokens.
     """
 
-    context_len: int
+    lengths: tuple[int, ...]
     capacity: int
-    batch_size: int
     num_ranks: int
     rank: int
     seed: int
+
+    @property
+    def context_len(self) -> int:
+        """L, the longest sequence's."""
+        return max(self.lengths)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences on all ranks."""
+        return len(self.lengths)
 
     @property
     def own(self) -> range:
@@ -50,7 +58,7 @@ class Workload:
 
 
 class LayerKV(NamedTuple):
-    """Cached tokens of one layer, [L, n, ng, hn].
+    """Cached tokens of one layer, [L, n, ng, hn], of which a shorter sequence takes the first.
 
     Attributes:
         raw_keys: before RoPE, as a stock cache holds them.

@@ -7,13 +7,13 @@ from typing import Callable, Iterator
 
 import torch
 
-from pikv_megatron.benchmarks.attention_cases import (
+from pikv_megatron.benchmarks.ops.attention_cases import (
     decode_attention_cases,
     score_and_attend_cases,
     score_pages_cases,
 )
-from pikv_megatron.benchmarks.op_case import Grid, OpCase, name_of, rms_error, storage_bytes
-from pikv_megatron.benchmarks.random_pages import (
+from pikv_megatron.benchmarks.ops.op_case import Grid, OpCase, name_of, rms_error, storage_bytes
+from pikv_megatron.benchmarks.ops.random_pages import (
     HEAD_WIDTH,
     NUM_GROUPS,
     NUM_HEADS,

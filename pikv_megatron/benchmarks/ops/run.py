@@ -1,4 +1,4 @@
-"""Times every operation: python -m pikv_megatron.benchmarks.run.
+"""Times every operation: python -m pikv_megatron.benchmarks.ops.run.
 
 Before an operation is timed, its result on the very inputs that are timed is compared with a
 plain float64 computation of the same thing. Where it is off by more than its types allow, the
@@ -16,17 +16,17 @@ from typing import Sequence
 import torch
 from rich.console import Console
 
-from pikv_megatron.benchmarks.op_case import Grid
-from pikv_megatron.benchmarks.op_cases import CASES
-from pikv_megatron.benchmarks.op_report import check_plot, op_json, op_table, plot
-from pikv_megatron.benchmarks.op_result import OpResult, WrongResult, measure_case
-from pikv_megatron.benchmarks.op_timer import (
+from pikv_megatron.benchmarks.ops.op_case import Grid
+from pikv_megatron.benchmarks.ops.op_cases import CASES
+from pikv_megatron.benchmarks.ops.op_report import check_plot, op_json, op_table, plot
+from pikv_megatron.benchmarks.ops.op_result import OpResult, WrongResult, measure_case
+from pikv_megatron.benchmarks.ops.op_timer import (
     COPY_BYTES,
     QUICK_COPY_BYTES,
     OpTimer,
     copy_bandwidth,
 )
-from pikv_megatron.benchmarks.options import seed_number
+from pikv_megatron.benchmarks.model.options import seed_number
 from pikv_megatron.checkpoint.architecture import DTYPES
 from pikv_megatron.inference.arguments import ArgumentParser, positive, writable
 from pikv_megatron.inference.progress import progress
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     results, refused, bandwidth = run(options)
     Console(width=max(140, Console().width)).print(op_table(results, bandwidth))
-    command = shlex.join(["python", "-m", "pikv_megatron.benchmarks.run", *argv])
+    command = shlex.join(["python", "-m", "pikv_megatron.benchmarks.ops.run", *argv])
     if options.output is not None:
         report = op_json(results, refused, bandwidth, command, options.grid.seed)
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The table, the file and the plot of `pikv_megatron.benchmarks.run`."""
+"""The table, the file and the plot of `pikv_megatron.benchmarks.ops.run`."""
 
 import os
 from importlib.util import find_spec
@@ -7,8 +7,8 @@ from typing import Any, Sequence
 
 from rich.table import Table
 
-from pikv_megatron.benchmarks.op_result import OpResult
-from pikv_megatron.benchmarks.report import machine
+from pikv_megatron.benchmarks.ops.op_result import OpResult
+from pikv_megatron.benchmarks.model.report import machine
 
 COLUMNS = ("ms", "GB/s", "% of copy", "ratio to peer")
 

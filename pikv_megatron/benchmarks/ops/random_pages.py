@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from pikv_megatron.benchmarks.op_case import Grid
+from pikv_megatron.benchmarks.ops.op_case import Grid
 from pikv_megatron.ops.packing import unpack
 from pikv_megatron.types import KVPages
 

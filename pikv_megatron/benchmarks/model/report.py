@@ -1,0 +1,81 @@
+"""The file at the end of a benchmark."""
+
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from pikv_megatron.benchmarks.model.measurement import Measurement, Timing
+from pikv_megatron.benchmarks.model.options import STOCK, BenchmarkOptions
+from pikv_megatron.benchmarks.model.ragged import RaggedMeasurement
+
+
+def report_json(
+    options: BenchmarkOptions, measurements: Sequence[Measurement],
+    ragged: Mapping[str, RaggedMeasurement], command: str,
+) -> dict[str, Any]:
+    """Every figure, and what is needed to measure it again."""
+    return {
+        "command": command,
+        "machine": machine(),
+        "model": options.architecture.model_dump(mode="json"),
+        "pikv": {name: pikv.model_dump(mode="json") for name, pikv in options.pikv.items()},
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "batch_size": options.batch_size,
+        "expert_parallel_size": dist.get_world_size(),
+        "steps": options.steps,
+        "clock": options.clock,
+        "seed": options.seed,
+        "results": [_result(options, measurement) for measurement in measurements],
+        "mixed_batch": {name: _mixed_batch(measured) for name, measured in ragged.items()},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    has_cuda = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads_per_rank": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if has_cuda else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _result(options: BenchmarkOptions, measurement: Measurement) -> dict[str, Any]:
+    """Ratios are the others' times over the contestant's: above 1, it is the faster one."""
+    contestants = {name: _figures(timing) for name, timing in measurement.timings.items()}
+    lossless = measurement.lossless_pikv(options.pikv)
+    for name in options.pikv:
+        contestants[name] |= {
+            "faster_dense_over_this": measurement.than_dense(name),
+            "stock_over_this": measurement.times_as_fast(name, STOCK),
+        }
+        if lossless is not None and name != lossless:
+            ratios = measurement.times_as_fast(name, lossless)
+            contestants[name] |= {"lossless": lossless, "lossless_over_this": ratios}
+    return {"context_len": measurement.context_len, "contestants": contestants}
+
+
+def _figures(timing: Timing) -> dict[str, Any]:
+    return {"mean_ms": timing.mean_ms, "median_ms": timing.median_ms, **asdict(timing)}
+
+
+def _mixed_batch(measured: RaggedMeasurement) -> dict[str, Any]:
+    own = {"parts_ms": measured.parts_ms, "mixed_over_parts": measured.mixed_over_parts}
+    return {**asdict(measured), **own}
