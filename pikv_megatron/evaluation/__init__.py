@@ -1,0 +1,1 @@
+"""What a cache costs in quality: recall, perplexity and divergence beside the lossless cache."""
