@@ -3,10 +3,17 @@
 import re
 from pathlib import Path
 
+import torch
+from pydantic import TypeAdapter
 from ranks import run_ranks
 from tiny_directory import save_tiny_mixtral
 
+from pikv_megatron.codec.registry import CodecOptions
 from pikv_megatron.config import PiKVConfig
+from pikv_megatron.methods import methods_table
+from pikv_megatron.options import Options, family
+from pikv_megatron.retention.keep_all import KeepAllOptions
+from pikv_megatron.types import PageStats
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,16 +27,42 @@ def run_program(program: str) -> dict:
 
 def test_the_program_runs_on_two_ranks(tmp_path):
     save_tiny_mixtral(tmp_path)
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program = python_blocks()[0]
     program = program.replace("models/demo", str(tmp_path)).replace('"configs', f'"{ROOT}/configs')
     first, second = run_ranks(run_program, 2, program)
     assert first == second and len(first["printed"]) == 1 and first["printed"][0][0]
 
 
 def test_the_table_is_the_configuration():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", README, re.MULTILINE))
-    defaults = {name: field.default for name, field in PiKVConfig.model_fields.items()}
-    assert rows == {name: str(value).lower() for name, value in defaults.items()}
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^`|]\S*) \|", README, re.MULTILINE))
+    defaults = {name: shown(field.default) for name, field in PiKVConfig.model_fields.items()}
+    assert rows == defaults
+
+
+def shown(default) -> str:
+    """A default as a configuration file would name it."""
+    if default == () or default == CodecOptions():
+        return "none"
+    return default.name if isinstance(default, Options) else str(default).lower()
+
+
+def test_the_methods_are_those_that_there_are():
+    assert methods_table() in README
+
+
+def test_the_method_of_the_example_works():
+    program = python_blocks()[1]
+    assert len(program.splitlines()) < 40
+    made: dict = {}
+    exec(compile(program, "README.md", "exec"), made)
+    chosen = TypeAdapter(family(made["RandomPagesOptions"], KeepAllOptions)).validate_python("random")
+    newest = torch.arange(20).unsqueeze(0)
+    drop = chosen.build().drop(PageStats(newest >= 0, newest), torch.tensor([6]))
+    assert int((~drop).sum()) == 6 and not torch.equal(drop, drop.sort().values)
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_tree_is_there():

@@ -1,0 +1,86 @@
+"""Every method acts on the running cache: through `generate` at every size of the expert-parallel
+group, and through Megatron's own engine."""
+
+import pytest
+from parity_models import VOCAB, build
+from ranks import run_ranks
+
+from pikv_megatron import PiKVConfig, PiKVForCausalLM, process_groups
+from pikv_megatron.methods import FAMILIES
+from pikv_megatron.options import members
+
+SMALL = dict(page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
+PROMPTS = [[(7 * i) % VOCAB for i in range(90)], [5, 9, 2], [(3 * i) % VOCAB for i in range(61)]]
+NUM_NEW = 12
+
+
+def named(key: str, name: str) -> dict:
+    """The bare name of a method, under its key; a budget with a policy that it limits."""
+    if key.startswith("codec."):
+        return {"codec": {key.removeprefix("codec."): name}}
+    return {key: name} | ({"retention": "streaming"} if key == "budget" else {})
+
+
+METHODS = {
+    f"{key} {name}": named(key, name) for key, kind in FAMILIES.items() for name in members(kind)
+} | {
+    "mass with a tail": {"selector": {"name": "mass", "tail": "mean"}},
+    "everything": {
+        "router": "top_k", "selector": {"name": "budget", "share": 0.5, "tail": "mean"},
+        "retention": "h2o", "codec": {"transform": "svd", "format": "int8"},
+    },
+}
+LOSSLESS = [
+    f"{key} {name}" for key, name in (
+        ("router", "all"), ("selector", "all"), ("retention", "all"), ("sketch", "none"),
+        ("codec.transform", "identity"), ("codec.format", "plain"),
+    )
+]
+
+
+def run_method(pg, fields: dict) -> dict:
+    config = PiKVConfig(**SMALL, **fields)
+    lm = PiKVForCausalLM(build(pg, config), config, vocab_size=VOCAB)
+    first = lm.generate(PROMPTS, max_new_tokens=NUM_NEW, keep_cache=True)
+    stores = [layer.store for layer in lm.engine.context.layers.values()]
+    read = []
+    for store in stores:
+        store.on_read = lambda sealed: read.append(int((sealed.lens > 0).sum()))
+    lm.generate([[1]] * 3, max_new_tokens=NUM_NEW, resume=True, keep_cache=True)
+    figures = {
+        "kept": sum(int(store.table.count.sum()) for store in stores),
+        "sealed": sum(int(store.ledger.num_pages.sum()) for store in stores),
+        "read": sum(read),
+        "pool": sum(t.nbytes for store in stores for t in store.pool.kv if t is not None),
+    }
+    again = lm.generate(PROMPTS, max_new_tokens=NUM_NEW)
+    assert again == first, "the same prompts gave other tokens"
+    lm.engine.context.check_integrity()
+    return figures | {"tokens": first.token_ids}
+
+
+def run_methods(num_ranks: int) -> dict:
+    with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
+        return {name: run_method(pg, fields) for name, fields in METHODS.items()}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_every_method_acts_through_generate(num_ranks):
+    by_rank = run_ranks(run_methods, num_ranks, num_ranks, timeout=280)
+    all_pages = sum(found["router all"]["read"] for found in by_rank)
+    for name in METHODS:
+        every = [found[name] for found in by_rank]
+        total = {key: sum(found[key] for found in every) for key in every[0] if key != "tokens"}
+        assert all(found["tokens"] == every[0]["tokens"] for found in every), name
+        assert all(len(tokens) == NUM_NEW for tokens in every[0]["tokens"]), name
+        if name in LOSSLESS:
+            assert every[0]["tokens"] == by_rank[0]["router all"]["tokens"]
+            assert total["kept"] == total["sealed"] > 0 and total["read"] == all_pages
+        if name in ("retention h2o", "retention streaming", "budget share", "everything"):
+            assert 0 < total["kept"] < 0.4 * total["sealed"], name
+        if name in ("router top_k", "selector budget", "selector mass", "everything"):
+            assert 0 < total["read"] < 0.9 * all_pages, name
+    pools = {name: sum(found[name]["pool"] for found in by_rank) for name in METHODS}
+    assert pools["codec.format int8"] < 0.5 * pools["router all"]
+    assert pools["codec.format int4"] < pools["codec.format int8"]
+    assert pools["codec.transform svd"] <= 0.5 * pools["router all"]
