@@ -28,6 +28,7 @@ class PiKVConfig(LayerOptions):
         prefill_chunk_size: prompt tokens that a home rank feeds in one forward pass.
         dispatcher: how queries and KV travel between ranks.
         max_sequence_length: capacity, tokens a sequence; None: the model's maximum.
+        lean_experts: whether a step runs only the MoE experts that got a token.
         layers: other methods for some layers.
 
     The methods are those of `LayerOptions`.
@@ -44,6 +45,7 @@ class PiKVConfig(LayerOptions):
     prefill_chunk_size: int = Field(1024, ge=1)
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     max_sequence_length: int | None = Field(None, ge=1)
+    lean_experts: bool = True
     layers: tuple[LayerOverride, ...] = ()
 
     @model_validator(mode="before")

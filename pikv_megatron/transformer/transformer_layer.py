@@ -1,8 +1,15 @@
-"""The transformer layer under PiKV: tells the cache which experts the MoE router chose."""
+"""The transformer layer under PiKV: tells the cache which experts the MoE router chose.
+
+It also makes the experts lean, which a spec cannot: Megatron-Core 0.16 gives its process groups to
+`MoELayer` alone, and to no class derived from it.
+"""
+
+from contextlib import nullcontext
 
 import torch
 
 from pikv_megatron.transformer.context import PiKVInferenceContext
+from pikv_megatron.transformer.lean_moe import LeanMoELayer, make_lean
 
 
 class PiKVLayerMixin:
@@ -10,15 +17,20 @@ class PiKVLayerMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.self_attention.pikv_config.lean_experts:
+            make_lean(self.mlp)
         self._router_probs = None
         router = getattr(self.mlp, "router", None)
         if router is not None:
             router.register_forward_hook(self._keep_router_probs)
 
     def forward(self, hidden_states, *args, **kwargs):
-        output = super().forward(hidden_states, *args, **kwargs)
         context = kwargs.get("inference_context")
-        if isinstance(context, PiKVInferenceContext) and not self.training:
+        is_cached = isinstance(context, PiKVInferenceContext) and not self.training
+        is_lean = is_cached and isinstance(self.mlp, LeanMoELayer)
+        with self.mlp.lean_step(context) if is_lean else nullcontext():
+            output = super().forward(hidden_states, *args, **kwargs)
+        if is_cached:
             self._settle(context, hidden_states)
         self._router_probs = None
         return output

@@ -4,6 +4,7 @@ Legend: L tokens of the longest sequence, n sequences of this rank, ng KV heads,
 """
 
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from typing import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.benchmarks.model.dense_context import DenseAttention, DenseContext
 from pikv_megatron.benchmarks.model.workload import LayerKV, Workload
+from pikv_megatron.transformer.lean_moe import LeanMoELayer, make_lean
 
 
 class Contestant(ABC):
@@ -83,7 +85,8 @@ class StockContestant(Contestant):
 
 
 class DenseContestant(StockContestant):
-    """The dense reference.
+    """The dense reference, with the experts of a PiKV step where one rank has them all: what is
+    compared is the cache.
 
     Args:
         attention: how it attends to the whole cache.
@@ -92,6 +95,16 @@ class DenseContestant(StockContestant):
     def __init__(self, model: GPTModel, workload: Workload, attention: DenseAttention):
         self._attention = attention
         super().__init__(model, workload)
+        if workload.num_ranks == 1:
+            for layer in model.decoder.layers:
+                make_lean(layer.mlp)
+
+    def step(self, tokens):
+        with ExitStack() as stack:
+            for layer in self.model.decoder.layers:
+                if isinstance(layer.mlp, LeanMoELayer):
+                    stack.enter_context(layer.mlp.lean_step(self.context))
+            return super().step(tokens)
 
     def fill(self, layers):
         super().fill([layer._replace(raw_keys=layer.keys) for layer in layers])
