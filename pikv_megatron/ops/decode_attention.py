@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from pikv_megatron.ops.attend_chunk import attend_chunk, is_chunk
 from pikv_megatron.ops.backend import triton_op
 from pikv_megatron.ops.dense_attention import (
     empty_state,
@@ -78,6 +79,8 @@ def decode_attention(
     if kernel is not None:
         state, masses = kernel(query, lists, softmax_scale, with_mass)
         return AttentionState(*state), masses
+    if not with_mass and is_chunk(query, lists):
+        return attend_chunk(query, lists, softmax_scale), None
     trimmed, classes = lists, None
     if all(each.lens.is_cpu for each in lists):  # looking would make the host wait for a GPU
         columns = tuple(noted(x, "row columns", lambda: row_columns(x)) for x in lists)
@@ -102,7 +105,8 @@ def _attend_ragged(
     softmax_scale: float, with_mass: bool,
 ) -> Attended:
     """Lists that pad little are attended to at once, the others class by class, and merged."""
-    ragged, even = ([x for x, kind in zip(lists, is_even) if kind == want] for want in (False, True))
+    ragged = [x for x, kind in zip(lists, is_even) if not kind]
+    even = [x for x, kind in zip(lists, is_even) if kind]
     parts = [_attend_classes(query, ragged, classes, softmax_scale, with_mass)]
     if even:
         parts.append(_attend_rows(query, even, softmax_scale, with_mass))
