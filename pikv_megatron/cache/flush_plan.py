@@ -63,7 +63,8 @@ def plan_flush(
     """What leaves in a step; None where nothing leaves any rank."""
     ends = [[flushed_after(row, decode_flushes, layout) for row in rows] for rows in rows_by_rank]
     counts = [
-        sum(end - row.sequence.flushed for end, row in zip(*pair)) for pair in zip(ends, rows_by_rank)
+        sum(end - row.sequence.flushed for end, row in zip(*pair))
+        for pair in zip(ends, rows_by_rank)
     ]
     if not any(counts):
         return None

@@ -77,7 +77,8 @@ class LayerCache:
         first = plan.decode.num_rows
         parts = []
         if plan.decode.is_anywhere:
-            parts.append(self._attend_decode(query[:first].unsqueeze(1), plan).out.squeeze(1))
+            decoding = _first(query, first).unsqueeze(1)
+            parts.append(self._attend_decode(decoding, plan).out.squeeze(1))
         if plan.prefill.is_anywhere:
             state = self._attend_prefill(query[first:], key[first:], value[first:], plan)
             self._prompts = query[first:], state.lse
@@ -90,7 +91,7 @@ class LayerCache:
         first = plan.decode.num_rows
         if first:
             writes = plan.decode_writes
-            tokens = (x[:first].transpose(0, 1) for x in self._chunk)
+            tokens = (_first(x, first).transpose(0, 1) for x in self._chunk)
             self.window.write(writes.slots, writes.offsets, *tokens)
 
     def settle(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
@@ -122,6 +123,8 @@ class LayerCache:
     def release(self, slot: int, window_slot: int | None) -> None:
         """Give back what a sequence holds here; `window_slot` is None where it is not at home."""
         self.store.release(slot)
+        if window_slot is not None:
+            self.window.clear(window_slot)
         if self.directory is not None and window_slot is not None:
             self.directory.release(window_slot)
 
@@ -313,6 +316,10 @@ class LayerCache:
 
     def _window_list(self, reads: PageList) -> PageList:
         return reads._replace(pages=KVPages(self.window.keys, self.window.values))
+
+
+def _first(x: torch.Tensor, count: int) -> torch.Tensor:
+    return x if len(x) == count else x[:count]
 
 
 def _length(tokens: slice) -> int:

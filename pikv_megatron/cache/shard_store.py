@@ -164,6 +164,8 @@ class ShardStore:
         self.pool.free.release(self.table.pages_of(slot))
         self.table.clear(slot)
         self.ledger.clear(slot)
+        # The next sequence reads around what is left there: it must be finite.
+        self.buffers.tensors["values"][:, slot * self._shards : (slot + 1) * self._shards] = 0.0
         self._codec.forget(slot)
         if self.statistics is not None:
             self.statistics.release(slot)
@@ -291,7 +293,7 @@ class ShardStore:
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(tensors["earlier"][table], visited)
         pages = KVPages(tensors["keys"], tensors["values"])
-        return PageList(pages, table, lens.int(), mask, notes={})
+        return PageList(pages, table, lens.int(), mask, notes={}, is_finite=True)
 
 
 def _is_first_replica(earlier: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:

@@ -40,7 +40,8 @@ def choose(router: KVRouter | None, selector: PageSelector | None, ask: Ask) -> 
 
 
 def by_rank(columns: torch.Tensor, num_ranks: int, num_columns: int) -> torch.Tensor:
-    """Columns [n, k] out of all ranks' -> [n, G, min(k, m)] out of each rank's, -1 behind them.
+    """Columns [n, k] out of all ranks' -> [n, G, min(k, m)] out of each rank's, -1 behind them;
+    those of a single rank as they are.
 
     Example:
         Two ranks of 4 columns, columns 5, 2, 1, -1: the first rank reads 2, 1, the second 1.

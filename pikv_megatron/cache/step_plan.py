@@ -1,7 +1,7 @@
 """What one forward pass does with the cache: computed once on the host, used by every layer.
 
-The tokens of all rows lie one behind the other, so no row is padded to another's length: first those
-of rows that decode, one each, then those of prompts.
+The tokens of all rows lie one behind the other, so no row is padded to another's length: first
+those of rows that decode, one each, then those of prompts.
 
 Legend: n rows of this home rank, t tokens of them, T tokens of the forward pass, padding included.
 """

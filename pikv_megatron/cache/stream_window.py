@@ -43,6 +43,10 @@ class StreamWindow:
         """Store the experts [t, replicas] of those tokens."""
         self.expert[slots * self.keys.shape[2] + places] = experts
 
+    def clear(self, slot: int) -> None:
+        """Leave nothing behind that is not finite: the next sequence reads around it."""
+        self.values[:, slot] = 0.0
+
     def read(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [ng, t, w] at flat places [t]."""
         return tuple(t.flatten(1, 2).index_select(1, places) for t in (self.keys, self.values))

@@ -83,7 +83,7 @@ def _part(page_list: PageList, rows: tuple[int, ...], num_columns: int) -> PageL
         None if x is None else x[:, :num_columns].index_select(0, place)
         for x in (page_list.table, page_list.lens, page_list.token_mask)
     )
-    return PageList(None, table, lens, mask, notes={})
+    return PageList(None, table, lens, mask, notes={}, is_finite=page_list.is_finite)
 
 
 def _find_classes(columns: Columns, sizes: list[int], overhead: int) -> Classes | None:

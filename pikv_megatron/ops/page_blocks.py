@@ -24,7 +24,7 @@ class PageBlock(NamedTuple):
             possible, one of the sequence's that is.
         run: the number of the first listed page if all listed pages lie one behind the other.
         hidden: [n, t], bool, True for tokens that are not to be read; None: all of them are.
-        is_clean: what is hidden is a copy of what is read, so a weight of 0 makes it harmless.
+        is_clean: values of what is hidden are finite, so a weight of 0 makes them harmless.
     """
 
     columns: slice
@@ -75,21 +75,24 @@ def _find_blocks(page_list: PageList, block_tokens: int, is_plain: bool) -> Iter
     table, page_size = page_list.table, page_list.pages.page_size
     if table.numel() == 0:
         return
-    run, num_whole, has_hidden = None, 0, torch.ones(table.shape[1], dtype=torch.bool)
+    num_columns, run, num_whole = table.shape[1], None, 0
+    has_hidden: list[bool] | None = [True] * num_columns
     if table.is_cpu:
         run = _first_of_run(table.reshape(-1))
         has_hidden = _has_hidden(page_list)
         if run is not None and is_plain:
             # Nothing is copied up to the first hidden token, so one block will do.
-            num_whole = int((has_hidden.cumsum(0) == 0).sum())
-    stand_ins = _stand_ins(page_list) if run is None and bool(has_hidden.any()) else None
+            num_whole = has_hidden.index(True) if has_hidden else num_columns
+    needs_stand_ins = run is None and has_hidden and not page_list.is_finite
+    stand_ins = _stand_ins(page_list) if needs_stand_ins else None
     table = table if stand_ins is None else stand_ins
     step = max(1, block_tokens // page_size)
-    bounds = [0] * (num_whole > 0) + list(range(num_whole, table.shape[1], step))
-    for first, last in zip(bounds, bounds[1:] + [table.shape[1]]):
+    bounds = [0] * (num_whole > 0) + list(range(num_whole, num_columns, step))
+    for first, last in zip(bounds, bounds[1:] + [num_columns]):
         columns = slice(first, last)
-        hidden = _hidden(page_list, columns) if has_hidden[columns].any() else None
-        is_clean = hidden is None or stand_ins is not None
+        is_hidden = has_hidden is not None and any(has_hidden[columns])
+        hidden = _hidden(page_list, columns) if is_hidden else None
+        is_clean = hidden is None or stand_ins is not None or page_list.is_finite
         yield PageBlock(columns, table[:, columns], run, hidden, is_clean)
 
 
@@ -126,7 +129,7 @@ def read_values(
         dtype: plain pages of this type are not converted; all others become float32.
     """
     pages = page_list.pages
-    if block.run is not None and block.hidden is None and pages.values.dtype == dtype:
+    if block.run is not None and block.is_clean and pages.values.dtype == dtype:
         key = "values", block.columns.start, pages.values.data_ptr()
         return noted(
             page_list, key, lambda: _operands(_stored(pages.values, page_list, block), False)
@@ -165,12 +168,12 @@ def _first_of_run(pages: torch.Tensor) -> int | None:
     return first if torch.equal(pages, torch.arange(first, last + 1)) else None
 
 
-def _has_hidden(page_list: PageList) -> torch.Tensor:
-    """[m], bool, True where a page of the column is not read as a whole."""
-    partial = (page_list.lens < page_list.pages.page_size).any(0)
+def _has_hidden(page_list: PageList) -> list[bool] | None:
+    """[m], True where a page of the column is not read as a whole; None where every page is."""
+    partial = page_list.lens < page_list.pages.page_size
     if page_list.token_mask is not None:
-        partial |= ~page_list.token_mask.all(2).all(0)
-    return partial
+        partial |= ~page_list.token_mask.all(2)
+    return partial.any(0).tolist() if partial.any() else None
 
 
 def _stand_ins(page_list: PageList) -> torch.Tensor | None:

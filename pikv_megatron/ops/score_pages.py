@@ -5,7 +5,7 @@ for a sequence, S tokens a page, w width of the sketch (its directions for a low
 r sequences and b columns of a block.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -31,6 +31,36 @@ from pikv_megatron.types import (
 BLOCK_BYTES = 4 << 20
 
 
+class _Block(NamedTuple):
+    """A part of a table.
+
+    Attributes:
+        rows: r sequences.
+        columns: b of them.
+        pages: rows of the sketch, [r * b] or a slice.
+        lens: [r, b], int32.
+        log_lens: [r, 1, b], float32.
+    """
+
+    rows: slice
+    columns: slice
+    pages: torch.Tensor | slice
+    lens: torch.Tensor
+    log_lens: torch.Tensor
+
+
+class _Listing(NamedTuple):
+    """What a table lists.
+
+    Attributes:
+        hidden: [n, m], bool, True where nothing is listed; None where everything is.
+        blocks: its parts.
+    """
+
+    hidden: torch.Tensor | None
+    blocks: list[_Block]
+
+
 @torch.no_grad()
 def score_pages(
     query: torch.Tensor,
@@ -42,6 +72,7 @@ def score_pages(
     statistic: Literal["mass", "best"],
     query_residual: torch.Tensor | None = None,
     bound: bool = False,
+    notes: dict | None = None,
 ) -> PageScores:
     """Estimate the attention of a query to each page and choose the k pages with the most.
 
@@ -62,6 +93,8 @@ def score_pages(
         query_residual: [n, np], the norm of what the r directions leave of the query.
         bound: make `logit` an upper bound on the statistic of the exact keys (those that were
             sketched), up to float32's rounding.
+        notes: what a CPU found out about `table` and `lens`, so that calls with the same ones need
+            not look again.
 
     Raises:
         ValueError: an argument is out of range, or there is no such bound.
@@ -76,13 +109,17 @@ def score_pages(
         return PageScores(*kernel(
             query, sketch, table, lens, k, softmax_scale, statistic, query_residual, bound
         ))
-    logit = _logits(query, sketch, table, lens, softmax_scale, statistic, query_residual, bound)
-    is_listed = lens > 0
-    not_listed = ~is_listed
-    logit.masked_fill_(not_listed.unsqueeze(1), -torch.inf)
+    listed = _listing(sketch, table, lens, {} if notes is None else notes)
+    logit = _logits(
+        query, sketch, table.shape[1], listed, softmax_scale, statistic, query_residual, bound
+    )
+    if listed.hidden is not None:
+        logit.masked_fill_(listed.hidden.unsqueeze(1), -torch.inf)
     share = scratch("page shares", logit.shape, logit.dtype, logit.device)
-    score = torch.softmax(logit, dim=2, out=share).mean(dim=1).masked_fill_(not_listed, 0.0)
-    return PageScores(logit, score, _choose(score, is_listed, k))
+    score = torch.softmax(logit, dim=2, out=share).mean(dim=1)
+    if listed.hidden is not None:
+        score.masked_fill_(listed.hidden, 0.0)
+    return PageScores(logit, score, _choose(score, lens > 0, k) if k else _none(score))
 
 
 def _check(sketch, k, softmax_scale, statistic, query_residual, bound) -> None:
@@ -104,30 +141,48 @@ def _check(sketch, k, softmax_scale, statistic, query_residual, bound) -> None:
         )
 
 
+def _listing(
+    sketch: PageSketch, table: torch.Tensor, lens: torch.Tensor, notes: dict
+) -> _Listing:
+    """What a table lists, from the notes where it was found before."""
+    page_bytes = _page_bytes(sketch)
+    if page_bytes not in notes:
+        hidden = lens == 0
+        rows = torch.where(hidden, 0, table)
+        notes[page_bytes] = _Listing(
+            None if hidden.is_cpu and not hidden.any() else hidden,
+            [
+                _Block(part, columns, run_of(rows[part, columns]), lens[part, columns],
+                       lens[part, columns].log().unsqueeze(1))
+                for part, columns in table_blocks(*table.shape, page_bytes, BLOCK_BYTES)
+            ],
+        )
+    return notes[page_bytes]
+
+
 def _logits(
-    query, sketch, table, lens, softmax_scale, statistic, query_residual, bound
+    query, sketch, num_columns, listed, softmax_scale, statistic, query_residual, bound
 ) -> torch.Tensor:
     """[n, np, m], float32; columns that are not listed hold anything."""
     n, num_heads, _ = query.shape
     parts = {name: t for name, t in sketch._asdict().items() if isinstance(t, torch.Tensor)}
     num_groups = next(iter(parts.values())).shape[0]
-    logit = query.new_empty(n, num_heads, table.shape[1], dtype=torch.float32)
+    logit = query.new_empty(n, num_heads, num_columns, dtype=torch.float32)
     by_group = logit.unflatten(1, (num_groups, -1)).transpose(0, 1)  # [ng, n, g, m]
     queries = _by_group(query, num_groups, softmax_scale)
     residuals = None
     if bound and query_residual is not None:
         residuals = _by_group(query_residual, num_groups, softmax_scale)
-    table = torch.where(lens > 0, table, 0)
-    for rows, columns in table_blocks(*table.shape, _page_bytes(sketch), BLOCK_BYTES):
-        own_lens = lens[rows, columns]
-        pages, num_rows = run_of(table[rows, columns]), len(own_lens)
-        block = sketch._replace(**{
-            name: take_rows(f"listed {name}", t, pages, num_rows) for name, t in parts.items()
+    for block in listed.blocks:
+        rows = block.rows
+        gathered = sketch._replace(**{
+            name: take_rows(f"listed {name}", t, block.pages, len(block.lens))
+            for name, t in parts.items()
         })
-        by_group[:, rows, :, columns] = _block_logits(
+        by_group[:, rows, :, block.columns] = _block_logits(
             queries[:, rows].flatten(0, 1),
             None if residuals is None else residuals[:, rows].flatten(0, 1),
-            block, own_lens, statistic,
+            gathered, block, statistic,
         )
     return logit
 
@@ -137,23 +192,22 @@ def _by_group(x: torch.Tensor, num_groups: int, softmax_scale: float) -> torch.T
     return (x.float() * softmax_scale).unflatten(1, (num_groups, -1)).transpose(0, 1)
 
 
-def _block_logits(query, residual, block, lens, statistic) -> torch.Tensor:
-    """Statistic of the pages of a block: query [x, g, w], x = ng * r, lens [r, b] -> [ng, r, g, b].
-    """
-    shape = (-1, len(lens))
-    if isinstance(block, LowRankSketch):
-        tokens = token_logits(query, block).unflatten(0, shape)
-        logit = _reduce_tokens(tokens, lens, statistic)
-        logit += zero_logits(query, block).unflatten(0, shape)
+def _block_logits(query, residual, sketch, block: _Block, statistic) -> torch.Tensor:
+    """Statistic of the pages of a block: query [x, g, w], x = ng * r -> [ng, r, g, b]."""
+    shape = (-1, len(block.lens))
+    if isinstance(sketch, LowRankSketch):
+        tokens = token_logits(query, sketch).unflatten(0, shape)
+        logit = _reduce_tokens(tokens, block.lens, statistic)
+        logit += zero_logits(query, sketch).unflatten(0, shape)
         if residual is None:
             return logit
-        return logit.add_(low_rank_margin(query, residual, block).unflatten(0, shape))
-    if isinstance(block, BoundingBoxSketch):
-        logit = box_logits(query, block.low, block.high)
+        return logit.add_(low_rank_margin(query, residual, sketch).unflatten(0, shape))
+    if isinstance(sketch, BoundingBoxSketch):
+        logit = box_logits(query, sketch.low, sketch.high)
     else:
-        logit = mean_key_logits(query, block.mean)
+        logit = mean_key_logits(query, sketch.mean)
     logit = logit.unflatten(0, shape)
-    return logit.add_(lens.log().unsqueeze(1)) if statistic == "mass" else logit
+    return logit.add_(block.log_lens) if statistic == "mass" else logit
 
 
 def _reduce_tokens(logits: torch.Tensor, lens: torch.Tensor, statistic: str) -> torch.Tensor:
@@ -176,8 +230,6 @@ def _page_bytes(sketch: PageSketch) -> int:
 def _choose(score: torch.Tensor, is_listed: torch.Tensor, k: int) -> torch.Tensor:
     """Columns of the k best listed pages, rising, lower columns first among equals; -1 behind."""
     n, m = score.shape
-    if k == 0:
-        return score.new_empty(n, 0, dtype=torch.int64)
     # Bits of floats that are not negative rise with them; the column makes every key unique.
     column = torch.arange(m, device=score.device)
     key = (score.view(torch.int32).long() << 32) | (m - 1 - column)
@@ -187,3 +239,7 @@ def _choose(score: torch.Tensor, is_listed: torch.Tensor, k: int) -> torch.Tenso
     padded = chosen.new_full((n, k), -1)
     padded[:, : chosen.shape[1]] = chosen.masked_fill(chosen == m, -1)
     return padded
+
+
+def _none(score: torch.Tensor) -> torch.Tensor:
+    return score.new_empty(len(score), 0, dtype=torch.int64)

@@ -17,9 +17,9 @@ def pack_rows(fields: Sequence[torch.Tensor]) -> torch.Tensor:
 def unpack_rows(rows: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The inverse of `pack_rows`; types and shapes but for t are those of `like`."""
     sizes = [_row_numel(field) * field.dtype.itemsize for field in like]
-    parts = rows.split(sizes, dim=1)
+    parts = [rows] if len(like) == 1 else [_aligned(part) for part in rows.split(sizes, dim=1)]
     return [
-        part.contiguous().view(field.dtype).view(len(rows), *field.shape[1:])
+        part.view(field.dtype).view(len(rows), *field.shape[1:])
         for part, field in zip(parts, like)
     ]
 
@@ -43,6 +43,11 @@ def unpack_bits(words: torch.Tensor, count: int) -> torch.Tensor:
     bit = torch.arange(32, device=words.device)
     flags = (words.long().unsqueeze(-1) >> bit) & 1
     return flags.flatten(-2)[..., :count].bool()
+
+
+def _aligned(part: torch.Tensor) -> torch.Tensor:
+    """A copy in its own memory: torch calls a part of a single row contiguous where it lies."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _as_matrix(field: torch.Tensor) -> torch.Tensor:

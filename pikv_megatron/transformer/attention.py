@@ -55,13 +55,13 @@ class PiKVSelfAttention(SelfAttention):
         plan = context.step(self.layer_number, hidden_states)
         sq, b = hidden_states.shape[:2]
         states = self.get_query_key_value_tensors(hidden_states)[:3]
-        # Tokens of a row lie side by side; b is 1 but under Megatron's engine.
-        query, key, value = (x.transpose(0, 1).flatten(0, 1)[: plan.num_tokens] for x in states)
+        query, key, value = (_by_row(x, plan.num_tokens) for x in states)
         query, key = self._rotate(query, key, rotary_pos_emb, plan)
         output = context.layers[self.layer_number].attend(query, key, value, plan).flatten(1)
         if plan.num_tokens < sq * b:
             output = F.pad(output, (0, 0, 0, sq * b - plan.num_tokens))
-        return self.linear_proj(output.view(b, sq, -1).transpose(0, 1))
+        output = output.unsqueeze(1) if b == 1 else output.view(b, sq, -1).transpose(0, 1)
+        return self.linear_proj(output)
 
     def _rotate(self, query, key, rotary_pos_emb, plan):
         """RoPE at each row's own positions; keys are stored rotated."""
@@ -84,6 +84,13 @@ class PiKVSelfAttention(SelfAttention):
         turned = _rotate_half(part.unsqueeze(1), self.config.rotary_interleaved).squeeze(1)
         rotated = part * cos + turned * sin
         return rotated if whole else torch.cat([rotated, tensor[..., width:]], dim=2)
+
+
+def _by_row(x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """[sq, b, heads, hn] -> [t, heads, hn], the tokens of a row side by side; b is 1 but under
+    Megatron's engine."""
+    flat = x.squeeze(1) if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
+    return flat if len(flat) == num_tokens else flat[:num_tokens]
 
 
 def _refuse_unsupported(config, pikv_config: PiKVConfig) -> None:

@@ -87,3 +87,27 @@ def test_a_sequence_beyond_capacity_is_refused():
     context = new_context(PiKVConfig(), 1, 10)
     with pytest.raises(ValueError, match="max_sequence_length 10"):
         context.begin_step([[StepRow(context.start(0), 11)]], torch.device("cpu"))
+
+
+def test_a_sequence_of_nan_leaves_nothing_behind():
+    """Slots, buffers and pages are used again: what they held must not reach the next sequence."""
+    context = new_context(PiKVConfig(page_size=4, window=3, num_sinks=2, flush_interval=2), 2, 60)
+    layer, generator = context.layers[1], torch.Generator().manual_seed(0)
+
+    def run(sequence, other, value: float) -> torch.Tensor:
+        for count in (23, 1, 1, 1):
+            rows = [StepRow(s, count) for s in (sequence, other)]
+            context.begin_step([rows], torch.device("cpu"))
+            keys = torch.randn(2 * count, NUM_GROUPS, WIDTH, generator=generator)
+            keys[:count] *= value
+            out = layer.attend(keys.repeat(1, HEADS // NUM_GROUPS, 1), keys, keys, context.plan)
+            layer.settle(context.plan, None)
+            context.finish_step()
+        return out
+
+    first, second = context.start(0), context.start(0)
+    out = run(first, second, torch.nan)
+    assert out[:1].isnan().all() and out[1:].isfinite().all()
+    context.release(first)
+    context.release(second)
+    assert run(context.start(0), context.start(0), 1.0).isfinite().all()

@@ -88,7 +88,8 @@ def check(pg, fields: dict, dispatcher: str) -> None:
         if ranks > 1 and sealed_at[place] < sequence.length:
             right = right - true_masses(keys, queries[pending], pending)[:, list(place)].sum(1)
         torch.testing.assert_close(torch.tensor(mass).double(), right, atol=1e-5, rtol=1e-5)
-        assert seen == float((40 - sealed_at[place] >= 0) * 4 + decode_steps(sealed_at[place], ranks))
+        by_prompt = 4 if sealed_at[place] <= 40 else 0
+        assert seen == float(by_prompt + decode_steps(sealed_at[place], ranks))
 
 
 def decode_steps(sealed_at: int, ranks: int) -> int:
