@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -22,7 +21,7 @@ from pikv_megatron.benchmarks.model.options import BenchmarkOptions, parse_optio
 from pikv_megatron.benchmarks.model.ragged import RaggedMeasurement, measure_ragged
 from pikv_megatron.benchmarks.model.report import report_json
 from pikv_megatron.benchmarks.model.tables import report_tables
-from pikv_megatron.inference.program import IS_FIRST_RANK, refuse, use_device
+from pikv_megatron.inference.program import IS_FIRST_RANK, command, refuse, use_device
 from pikv_megatron.inference.progress import progress
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -72,14 +71,6 @@ def measure_at(
             advance(num_done, options.num_steps)
 
         return measure(options, models, context_len, on_step)
-
-
-def command() -> str:
-    """How to measure the same again."""
-    num_ranks = os.environ["WORLD_SIZE"]
-    program = ["python"] if num_ranks == "1" else ["deepspeed", "--num_accelerators", num_ranks]
-    own = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
-    return shlex.join([*program, *own])
 
 
 if __name__ == "__main__":

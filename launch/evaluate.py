@@ -5,7 +5,6 @@ The same under deepspeed --num_accelerators N with N ranks, over which sequences
 
 import json
 import os
-import shlex
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -16,7 +15,6 @@ warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 from rich.console import Console
 
 from pikv_megatron import destroy_process_groups, init_process_groups, pikv_layer_spec
-from pikv_megatron.benchmarks.model.report import machine
 from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.evaluation.evaluator import LOSSLESS, Evaluator, lossless
@@ -24,8 +22,9 @@ from pikv_megatron.evaluation.figures import Evaluation
 from pikv_megatron.evaluation.options import EvaluateOptions, parse_options
 from pikv_megatron.evaluation.report import report_json, report_table
 from pikv_megatron.evaluation.task import build_tasks
-from pikv_megatron.inference.program import IS_FIRST_RANK, refuse, use_device
+from pikv_megatron.inference.program import IS_FIRST_RANK, command, refuse, use_device
 from pikv_megatron.inference.progress import progress
+from pikv_megatron.runtime.machine import machine
 
 BATCH_SIZE = 16  # sequences of all ranks at once, so that a step's own cost does not prevail
 TABLE_WIDTH = 100  # where there is no terminal, rich would squeeze it into 80
@@ -83,14 +82,6 @@ def evaluate(evaluator: Evaluator, name: str, pikv: PiKVConfig) -> Evaluation:
             advance(num_done, evaluator.num_steps(pikv))
 
         return evaluator.run(name, pikv, on_step)
-
-
-def command() -> str:
-    """How to measure the same again."""
-    num_ranks = os.environ["WORLD_SIZE"]
-    program = ["python"] if num_ranks == "1" else ["deepspeed", "--num_accelerators", num_ranks]
-    own = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
-    return shlex.join([*program, *own])
 
 
 if __name__ == "__main__":

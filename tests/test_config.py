@@ -56,7 +56,7 @@ def test_the_sketch_is_the_one_that_is_needed(fields, sketch):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"selector": "budget", "sketch": "none"}, "selector budget needs a sketch, and sketch is none"),
+    ({"selector": "budget", "sketch": "none"}, "budget needs a sketch, and sketch is none"),
     ({"router": "top_k", "sketch": "none"}, "router top_k needs a sketch"),
     ({"budget": "share"}, "budget share limits the pages that stay, and retention is all"),
     ({"selector": "nearest"}, "expected tags: 'all', 'budget', 'mass'"),

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "pikv_megatron"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LOADERS = {
     "pikv": PiKVConfig.from_file,
+    "methods": PiKVConfig.from_file,
     "model": Architecture.from_yaml,
     "demo": TrainingSettings.from_yaml,
 }

@@ -1,6 +1,7 @@
 """What the programs of `launch/` have in common once they run."""
 
 import os
+import shlex
 import sys
 import time
 
@@ -30,3 +31,11 @@ def use_device() -> None:
     elif "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+def command() -> str:
+    """How to do the same again."""
+    num_ranks = os.environ["WORLD_SIZE"]
+    program = ["python"] if num_ranks == "1" else ["deepspeed", "--num_accelerators", num_ranks]
+    own = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
+    return shlex.join([*program, *own])

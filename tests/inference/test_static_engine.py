@@ -11,8 +11,9 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 )
 from parity_models import VOCAB, build, plain_logits
 from ranks import run_ranks
+from test_methods import METHODS
 
-from pikv_megatron import PiKVConfig, PiKVInferenceContext, process_groups
+from pikv_megatron import PiKVConfig, PiKVForCausalLM, PiKVInferenceContext, process_groups
 
 PIKV = PiKVConfig(page_size=3, window=4, num_sinks=1, flush_interval=2)
 PROMPTS = ["5 9 2", "7 7 7 7 7 7 7 7 7 7 7 7", "3 1 4 1 5"]
@@ -45,6 +46,16 @@ def wrapper(model, context):
     return GPTInferenceWrapper(model, config, inference_context=context)
 
 
+def engine_tokens(model, context, prompts: list[str]) -> list[list[int]]:
+    controller = TextGenerationController(wrapper(model, context), Numbers())
+    engine = StaticInferenceEngine(controller, max_batch_size=4, random_seed=7, legacy=True)
+    done = engine.generate(
+        prompts=prompts, sampling_params=SamplingParams(num_tokens_to_generate=8, top_k=1)
+    )
+    context.check_integrity()
+    return [list(map(int, r.generated_tokens)) for r in done]
+
+
 def generate(expert_parallel_size: int) -> list[bool]:
     with process_groups(expert_parallel_size=expert_parallel_size, timeout_seconds=60) as pg:
         model = build(pg, PIKV)
@@ -55,19 +66,39 @@ def generate(expert_parallel_size: int) -> list[bool]:
             for _ in range(8):
                 tokens.append(int(plain_logits(model, tokens)[-1].argmax()))
             expected.append(tokens[-8:])
-        controller = TextGenerationController(wrapper(model, context), Numbers())
-        engine = StaticInferenceEngine(controller, max_batch_size=4, random_seed=7, legacy=True)
-        flags = []
-        for _ in range(2):  # the second batch reuses the context
-            done = engine.generate(
-                prompts=PROMPTS,
-                sampling_params=SamplingParams(num_tokens_to_generate=8, top_k=1),
+        # The second batch reuses the context.
+        return [engine_tokens(model, context, PROMPTS) == expected for _ in range(2)]
+
+
+def generate_with_methods(expert_parallel_size: int) -> dict[str, bool]:
+    """Whether the engine's tokens are those of our own `generate`, for prompts of one length.
+
+    Token 0, its beginning of a text, would be dropped by the engine.
+    """
+    same = {}
+    with process_groups(expert_parallel_size=expert_parallel_size, timeout_seconds=60) as pg:
+        prompts = [[(7 * i + j) % (VOCAB - 1) + 1 for i in range(50)] for j in range(2)]
+        texts = [" ".join(map(str, prompt)) for prompt in prompts]
+        for name, fields in METHODS.items():
+            config = PiKVConfig(
+                page_size=4, window=4, num_sinks=1, flush_interval=2, token_shards=4, **fields
             )
-            flags.append([list(map(int, r.generated_tokens)) for r in done] == expected)
-            context.check_integrity()
-        return flags
+            model = build(pg, config)
+            context = PiKVInferenceContext.for_model(model, config, 4, 64)
+            tokens = engine_tokens(model, context, texts)
+            # Megatron's engine runs every prompt on every rank.
+            every = [prompt for prompt in prompts for _ in range(expert_parallel_size)]
+            own = PiKVForCausalLM(model, config).generate(every, max_new_tokens=8).token_ids
+            same[name] = tokens == own[::expert_parallel_size]
+    return same
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_greedy_tokens_are_those_of_the_model_without_a_cache(num_ranks):
     assert all(all(flags) for flags in run_ranks(generate, num_ranks, num_ranks))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_every_method_acts_under_megatrons_engine(num_ranks):
+    for same in run_ranks(generate_with_methods, num_ranks, num_ranks, timeout=200):
+        assert same == dict.fromkeys(METHODS, True)

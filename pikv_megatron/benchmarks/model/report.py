@@ -1,17 +1,14 @@
 """The file at the end of a benchmark."""
 
-import os
-import platform
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-import torch
 import torch.distributed as dist
 
 from pikv_megatron.benchmarks.model.measurement import Measurement, Timing
 from pikv_megatron.benchmarks.model.options import STOCK, BenchmarkOptions
 from pikv_megatron.benchmarks.model.ragged import RaggedMeasurement
+from pikv_megatron.runtime.machine import machine
 
 
 def report_json(
@@ -33,28 +30,6 @@ def report_json(
         "results": [_result(options, measurement) for measurement in measurements],
         "mixed_batch": {name: _mixed_batch(measured) for name, measured in ragged.items()},
     }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    has_cuda = torch.cuda.is_available()
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads_per_rank": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if has_cuda else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _result(options: BenchmarkOptions, measurement: Measurement) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Sequence
 from rich.table import Table
 
 from pikv_megatron.benchmarks.ops.op_result import OpResult
-from pikv_megatron.benchmarks.model.report import machine
+from pikv_megatron.runtime.machine import machine
 
 COLUMNS = ("ms", "GB/s", "% of copy", "ratio to peer")
 
