@@ -26,6 +26,7 @@ from pikv_megatron.ops.length_classes import (
     class_lists,
     even_lists,
     length_classes,
+    row_orders,
 )
 from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.ops.page_blocks import (
@@ -95,9 +96,7 @@ def decode_attention(
         )
     if not with_mass:
         return state, None
-    return state, [
-        F.pad(mass, (0, x.table.shape[1] - mass.shape[3])) for mass, x in zip(masses, lists)
-    ]
+    return state, _padded(masses, [x.table.shape[1] for x in lists])
 
 
 def _attend_ragged(
@@ -127,22 +126,24 @@ def _attend_classes(
     with_mass: bool,
 ) -> Attended:
     """Class by class; the results lie in the order of the sequences."""
-    shape, width = query.shape[:3], lists[0].pages.values.shape[3]
-    out, lse = query.new_empty(*shape, width), query.new_empty(shape, dtype=torch.float32)
-    masses = [lse.new_zeros(*shape, x.table.shape[1]) for x in lists] if with_mass else []
+    order, place = row_orders(classes)
     by_class = zip(*(class_lists(each, classes) for each in lists))
-    for numbers, own in zip(classes, by_class):
-        rows = torch.tensor(numbers)
+    turns = []
+    sizes = [len(rows) for rows in classes]
+    for rows, part, own in zip(order.split(sizes), query[order].split(sizes), by_class):
         own = [
-            part if x.logit_bias is None else part._replace(logit_bias=x.logit_bias[rows])
-            for part, x in zip(own, lists)
+            x if each.logit_bias is None else x._replace(logit_bias=each.logit_bias[rows])
+            for x, each in zip(own, lists)
         ]
-        state, parts = _attend_rows(query[rows], own, softmax_scale, with_mass)
-        out.index_copy_(0, rows, state.out)
-        lse.index_copy_(0, rows, state.lse)
-        for mass, part in zip(masses, parts):
-            mass[..., : part.shape[3]].index_copy_(0, rows, part)
-    return AttentionState(out, lse), masses
+        turns.append(_attend_rows(part, own, softmax_scale, with_mass))
+    widths = [each.table.shape[1] for each in lists]
+    state, masses = _join([(state, _padded(parts, widths)) for state, parts in turns], dim=0)
+    return AttentionState(*(x[place] for x in state)), [mass[place] for mass in masses]
+
+
+def _padded(masses: list[torch.Tensor], widths: Sequence[int]) -> list[torch.Tensor]:
+    """Masses [..., m] of lists that were cut to fewer columns -> [..., widths]."""
+    return [F.pad(mass, (0, width - mass.shape[-1])) for mass, width in zip(masses, widths)]
 
 
 def _attend_rows(

@@ -4,6 +4,7 @@ Legend: n sequences, L page lists.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,17 @@ def even_lists(lists: Sequence[PageList], columns: Columns) -> list[bool]:
         x.pages.page_size * (len(own) * max(own) - sum(own)) for x, own in zip(lists, columns)
     ]
     return [own <= MOST_EVEN_PADDING * sum(padding) for own in padding]
+
+
+@lru_cache(maxsize=16)
+def row_orders(classes: Classes) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequences class by class, [n], and where each is found among them, [n].
+
+    Example:
+        (2,), (0, 1): order 2, 0, 1; places 1, 2, 0.
+    """
+    order = torch.tensor([row for rows in classes for row in rows])
+    return order, order.argsort()
 
 
 def class_lists(page_list: PageList, classes: Classes) -> list[PageList]:
