@@ -245,19 +245,16 @@ class LayerCache:
         posted = torch.cat([query[:0], *(query[tokens] for tokens in own)])
         route = self._dispatcher.post(posted, None, counts)
         arrived, _ = self._dispatcher.wait(route, posted, None)
-        owned, first = [], 0
-        for row in (row for rows in by_rank for row in rows if row.reads):
-            last = first + _length(row.tokens)
-            owned.append(self.store.attend(arrived[first:last].unsqueeze(0), row.reads, []))
-            first = last
+        rows = [row for rows in by_rank for row in rows if row.reads]
+        owned = [
+            self.store.attend(part.unsqueeze(0), row.reads, [])
+            for row, part in zip(rows, arrived.split([_length(row.tokens) for row in rows]))
+        ]
         packed = torch.cat([_packed(part)[0] for part in owned])
-        parts = self._dispatcher.give_back(route, packed)
-        far = _merge([_unpacked(part) for part in parts])
-        first = 0
-        for tokens in own:
-            last = first + _length(tokens)
-            _merge_into(state, tokens, AttentionState(*(x[None, first:last] for x in far)))
-            first = last
+        far = _merge([_unpacked(part) for part in self._dispatcher.give_back(route, packed)])
+        lens = [_length(tokens) for tokens in own]
+        for tokens, *part in zip(own, far.out.split(lens), far.lse.split(lens)):
+            _merge_into(state, tokens, AttentionState(*(x.unsqueeze(0) for x in part)))
 
     def _flush(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
         """Tokens leave for their shards; then owners drop the pages that are too many."""
@@ -290,13 +287,12 @@ class LayerCache:
         told = told.view(torch.int32)
         route = self._dispatcher.post(query, told, counts)
         query, told = self._dispatcher.wait(route, query, told)
-        lse, first = told.contiguous().view(torch.float32), 0
-        for slots, ranks in zip(plan.prefill.slots_by_rank, spans):
-            for slot, span in zip(slots, ranks):
-                last = first + _length(span)
-                reads = OwnerReads(query.new_tensor([slot]).long(), plan.flush.most_pages)
-                self.store.observe(query[None, first:last], lse[None, first:last], reads)
-                first = last
+        slots = [slot for ranks in plan.prefill.slots_by_rank for slot in ranks]
+        lens = [_length(span) for ranks in spans for span in ranks]
+        lse = told.contiguous().view(torch.float32)
+        for slot, *part in zip(slots, query.split(lens), lse.split(lens)):
+            reads = OwnerReads(torch.tensor([slot], device=lse.device), plan.flush.most_pages)
+            self.store.observe(*(x.unsqueeze(0) for x in part), reads)
 
     def _prune(self, plan: StepPlan) -> None:
         """Drop pages beyond the budget, and tell their homes, which list them too."""

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from layer_caches import HEADS, NUM_GROUPS, SCALE, WIDTH, new_context
+from layer_caches import HEADS, NUM_GROUPS, SCALE, SHAPE, WIDTH, new_context
 from ranks import run_ranks
 
-from pikv_megatron import PiKVConfig, process_groups
+from pikv_megatron import PiKVConfig, PiKVInferenceContext, process_groups
 from pikv_megatron.cache.step_rows import StepRow
 
 CPU = torch.device("cpu")
@@ -108,3 +108,17 @@ def check_all(num_ranks: int) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_the_mass_held_is_the_true_mass(num_ranks):
     run_ranks(check_all, num_ranks, num_ranks, timeout=120)
+
+
+def test_a_slot_beyond_what_sixteen_bits_count_is_observed():
+    """bfloat16 holds no integer between 256 and 258."""
+    kv = SHAPE.kv._replace(dtype=torch.bfloat16)
+    config = PiKVConfig(page_size=4, window=3, num_sinks=1, retention="h2o")
+    context = PiKVInferenceContext(258, 40, config, config.resolve([SHAPE._replace(kv=kv)]))
+    layer, sequence = context.layers[1], [context.start(0) for _ in range(258)][257]
+    context.begin_step([[StepRow(sequence, 30)]], CPU)
+    keys = torch.randn(30, NUM_GROUPS, WIDTH).bfloat16()
+    layer.attend(torch.randn(30, HEADS, WIDTH).bfloat16(), keys, keys, context.plan)
+    layer.settle(context.plan, None)
+    kept = layer.store.table.pages_of(257)
+    assert len(kept) and (layer.store.statistics.seen[kept] == 4).all()
