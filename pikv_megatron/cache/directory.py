@@ -84,7 +84,6 @@ class PageDirectory:
         admission, pages = self._buffers.insert(self._group(block), tokens)
         if not pages:
             return
-        self._views.clear()
         is_page, row = admission.is_page, admission.page_row
         self.reserve(is_page.numel())
         place = self._free.allocate(is_page)

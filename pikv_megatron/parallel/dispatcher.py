@@ -64,8 +64,8 @@ class KVDispatcher(ABC):
             rows: [n, ...], the same for every owner.
             own: [n, G, w], int32, what each owner gets besides; None for nothing.
             counts: rows of each home rank.
-            goes_to: [n, G], bool, owners that need not get a row; None: all get it. A dispatcher
-                may send more.
+            goes_to: [n, G], bool, owners that need a row; None: all do. A dispatcher may send
+                more.
         """
 
     @abstractmethod

@@ -16,7 +16,9 @@ from pikv_megatron.types import KVShape, LowRankSketch, MeanKeySketch
 
 
 class LowRankOptions(SketchOptions):
-    """Every token's key about its page's mean, in leading directions of its prompt, 2 or 4 bits each."""
+    """Every token's key about its page's mean, in leading directions of its prompt, 2 or 4 bits
+    each.
+    """
 
     name: Literal["low_rank"] = "low_rank"
     rank: int | None = Field(None, ge=1, description="directions; null: half the width")
