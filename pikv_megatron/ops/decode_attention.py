@@ -29,16 +29,14 @@ from pikv_megatron.ops.length_classes import (
     row_orders,
 )
 from pikv_megatron.ops.merge_states import merge_states
+from pikv_megatron.ops.packed_products import add_values, multiply_keys
 from pikv_megatron.ops.page_blocks import (
     PageBlock,
     noted,
     page_blocks,
-    read_keys,
-    read_values,
     row_columns,
     token_bytes,
 )
-from pikv_megatron.ops.products import multiply
 from pikv_megatron.ops.workspace import scratch
 from pikv_megatron.types import AttentionState, PageList
 
@@ -194,8 +192,7 @@ def _attend(
     parts = weights.split(sizes, dim=2)
     for each, part, own in zip(lists, parts, blocks):
         for block in own:
-            values = read_values(each, block, dtype)
-            multiply(_columns(part, each, block), values, out, adds=True)
+            add_values(_columns(part, each, block), each, block, dtype, out)
 
     def by_query(x: torch.Tensor) -> torch.Tensor:
         return ungroup_heads(x.unflatten(0, (num_groups, n)), sq)
@@ -240,7 +237,7 @@ def _write_logits(
     rows: torch.Tensor, page_list: PageList, block: PageBlock, out: torch.Tensor
 ) -> None:
     """Logits of a block to out [ng * n, sq * g, t], -inf for hidden tokens, without biases."""
-    multiply(rows, read_keys(page_list, block), out)
+    multiply_keys(rows, page_list, block, out)
     num_groups = page_list.pages.keys.shape[0]
     multiplicity = page_list.pages.log_multiplicity
     if multiplicity is not None:

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from pikv_megatron.ops.packing import float8_numbers, unpack
 from pikv_megatron.ops.workspace import scratch
 from pikv_megatron.types import PageList
 
@@ -107,14 +108,14 @@ def read_keys(page_list: PageList, block: PageBlock) -> list[torch.Tensor]:
         return noted(
             page_list, key, lambda: _operands(_stored(pages.keys, page_list, block), True)
         )
-    stored = _stored(pages.keys, page_list, block)
     if pages.key_scale is None:
+        stored = _stored(pages.keys, page_list, block)
         return _operands(_as_type(stored, torch.float32), True)
-    numbers = _codes(stored, pages.tokens_per_row)
+    numbers = read_codes(pages.keys, pages.key_bits, page_list, block)
     groups = numbers.unflatten(3, (pages.key_scale.shape[2], -1))
     for apply, factor in ((groups.mul_, pages.key_scale), (groups.add_, pages.key_zero)):
         if factor is not None:
-            apply(_listed(factor, block).unsqueeze(4))
+            apply(listed_scales(factor, block).unsqueeze(4))
     return _operands(numbers, True)
 
 
@@ -134,20 +135,41 @@ def read_values(
         return noted(
             page_list, key, lambda: _operands(_stored(pages.values, page_list, block), False)
         )
-    stored = _stored(pages.values, page_list, block)
     if pages.value_scale is None:
+        stored = _stored(pages.values, page_list, block)
         is_pool = block.run is not None
         dtype = dtype if stored.dtype == dtype else torch.float32
         numbers = _as_type(stored, dtype, copies=is_pool and not block.is_clean)
     else:
-        numbers = _codes(stored, pages.tokens_per_row)
+        numbers = read_codes(pages.values, pages.value_bits, page_list, block)
         groups = numbers.unflatten(4, (pages.value_scale.shape[3], -1))
         for apply, factor in ((groups.mul_, pages.value_scale), (groups.add_, pages.value_zero)):
             if factor is not None:
-                apply(_listed(factor, block).unsqueeze(5))
+                apply(listed_scales(factor, block).unsqueeze(5))
     if not block.is_clean:
         numbers.flatten(2, 3).masked_fill_(block.hidden.unsqueeze(-1), 0.0)
     return _operands(numbers, False)
+
+
+def read_codes(
+    pool: torch.Tensor, bits: int, page_list: PageList, block: PageBlock
+) -> torch.Tensor:
+    """Scaled numbers of a pool [ng, p, R, r] before they are scaled: [ng, n, c, S, r], float32."""
+    stored = _stored(pool, page_list, block)
+    num_tokens = stored.shape[3] * 8 // bits
+    shape = *stored.shape[:3], num_tokens, stored.shape[4]
+    numbers = scratch("page numbers", shape, torch.float32, stored.device)
+    if stored.dtype == torch.float8_e4m3fn:
+        wide = scratch("wide codes", shape, torch.int16, stored.device)
+        return float8_numbers(stored, wide, numbers)
+    if bits < 8:
+        stored = unpack(stored, bits, scratch("codes", shape, torch.uint8, stored.device))
+    return numbers.copy_(stored)
+
+
+def listed_scales(pool: torch.Tensor, block: PageBlock) -> torch.Tensor:
+    """Scales or zero points [ng, p, ...] -> [ng, n, c, ...], float32."""
+    return pool.index_select(1, block.pages.reshape(-1)).float().unflatten(1, block.pages.shape)
 
 
 def _operands(numbers: torch.Tensor, transposes: bool) -> list[torch.Tensor]:
@@ -224,24 +246,7 @@ def _stored(pool: torch.Tensor, page_list: PageList, block: PageBlock) -> torch.
     return gathered
 
 
-def _listed(pool: torch.Tensor, block: PageBlock) -> torch.Tensor:
-    """Scales or zero points [ng, p, ...] -> [ng, n, c, ...], float32."""
-    return pool.index_select(1, block.pages.reshape(-1)).float().unflatten(1, block.pages.shape)
-
-
 def _as_type(stored: torch.Tensor, dtype: torch.dtype, copies: bool = False) -> torch.Tensor:
     if stored.dtype == dtype and not copies:
         return stored
     return scratch("page numbers", stored.shape, dtype, stored.device).copy_(stored)
-
-
-def _codes(stored: torch.Tensor, planes: int) -> torch.Tensor:
-    """Scaled numbers [ng, n, c, R, r] as they are stored -> [ng, n, c, S, r], float32."""
-    if planes == 1:
-        return _as_type(stored, torch.float32)
-    shape = (*stored.shape[:3], planes, *stored.shape[3:])
-    numbers = scratch("page numbers", shape, torch.float32, stored.device)
-    bits = 8 // planes
-    for plane in range(planes):
-        numbers[:, :, :, plane] = (stored >> (plane * bits)) & (2**bits - 1)
-    return numbers.flatten(3, 4)

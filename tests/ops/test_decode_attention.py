@@ -10,7 +10,8 @@ from pikv_megatron.ops import decode_attention as module
 from pikv_megatron.ops.decode_attention import decode_attention
 
 # Everything is summed in float32; the result is rounded once.
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+# Codes of 8 bits, multiplied before their zero point is added, cost a digit.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 def check(spec: CaseSpec) -> None:
