@@ -90,7 +90,7 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
   }
   scratch.logits.resize(rows * pages.page_size);
   float* logits = scratch.logits.data();
-  const float* keys = pages.read_keys(kv_head, page, tokens, scratch.page);
+  const float* keys = pages.keys.read_keys(kv_head, page, tokens, scratch.page);
   dot(scratch.query.data(), rows, keys, tokens, call.key_width, logits, tokens);
   const float multiplicity = pages.log_multiplicity ? pages.log_multiplicity[page] : 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
@@ -110,7 +110,7 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
     part.total[i] += mass;
     if (list.mass) list.mass[place * list.columns + column] = top + std::log(mass);
   }
-  const float* values = pages.read_values(kv_head, page, tokens, scratch.page);
+  const float* values = pages.values.read_values(kv_head, page, tokens, scratch.page);
   add_weighted(logits, tokens, rows, values, shown, tokens, call.value_width, part.sum);
 }
 

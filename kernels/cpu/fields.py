@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
-# Of bytes, by the numbers that each holds.
-BYTE_TYPES = {1: 4, 2: 5, 4: 6}
+# Of bytes, by the bits of a number.
+BYTE_TYPES = {8: 4, 4: 5, 3: 6, 2: 7}
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -31,16 +31,23 @@ def row_fields(table: torch.Tensor) -> tuple[int, int]:
 
 def page_fields(pages: Any) -> list[int]:
     """Of `KVPages`."""
-    keys, values, key_scale, value_scale = (
-        pages.keys, pages.values, pages.key_scale, pages.value_scale
-    )
-    is_bytes = keys.dtype == torch.uint8
+    size = pages.page_size
+    keys = _side_fields(pages.keys, pages.key_scale, pages.key_zero, size, 2)
+    values = _side_fields(pages.values, pages.value_scale, pages.value_zero, size, 3)
+    return keys + values + [address(pages.log_multiplicity)]
+
+
+def _side_fields(
+    numbers: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, page_size: int,
+    dim: int,
+) -> list[int]:
+    """Of keys or values; `dim` of the scales counts those of a channel, or of a token."""
+    kind = numbers.dtype
+    is_bytes = kind == torch.uint8
     fields = [
-        BYTE_TYPES[pages.tokens_per_row] if is_bytes else TYPES[keys.dtype],
-        pages.page_size, keys.shape[2], keys.shape[3], values.shape[3],
-        1 if key_scale is None else key_scale.shape[2],
-        1 if value_scale is None else value_scale.shape[3],
+        BYTE_TYPES[8 * numbers.shape[2] // page_size] if is_bytes else TYPES[kind],
+        page_size, numbers.shape[3], 1 if scale is None else scale.shape[dim],
     ]
-    for pool in pages[:6]:
+    for pool in (numbers, scale, zero):
         fields += pool_fields(pool)
-    return fields + [address(pages.log_multiplicity)]
+    return fields

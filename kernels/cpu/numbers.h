@@ -194,7 +194,7 @@ inline float from_float8(uint8_t x) {  // e4m3fn
   return from_bits(bits | (x & 0x80u) << 24);
 }
 
-enum Type : int64_t { kFloat32, kBfloat16, kHalf, kFloat8, kBits8, kBits4, kBits2 };
+enum Type : int64_t { kFloat32, kBfloat16, kHalf, kFloat8, kBits8, kBits4, kBits3, kBits2 };
 
 // `length` numbers of a plain type, at an offset in elements, as float32; in place if they are.
 inline const float* plain_row(const void* data, int64_t offset, int64_t type, int64_t length,

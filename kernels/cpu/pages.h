@@ -1,7 +1,6 @@
 // Stored pages as float32 numbers: see `pikv_megatron.types.KVPages` for the layout.
 //
-// Legend: ng KV heads, p pages of a pool, S tokens and R stored rows a page, r a stored width, G
-// scales.
+// Legend: ng KV heads, p pages of a pool, S tokens and R stored rows a page, r a stored width.
 #pragma once
 
 #include <vector>
@@ -35,64 +34,58 @@ struct Pool {
   }
 };
 
-// One number of `bits` bits, `shift` bits up in a byte, as float32.
+// One number of BITS bits, `shift` bits up in a byte.
 template <int BITS>
-inline float code_of(uint8_t byte, int shift) {
-  return static_cast<float>((byte >> shift) & ((1 << BITS) - 1));
+inline int code_of(uint8_t byte, int64_t shift) {
+  return (byte >> shift) & ((1 << BITS) - 1);
 }
 
-struct Pages {
-  int64_t type, page_size, rows, key_width, value_width, key_groups, value_groups;
-  Pool keys, values, key_scale, key_zero, value_scale, value_zero;
-  const float* log_multiplicity;
+// The keys or the values of a pool.
+struct Side {
+  int64_t type, page_size, width, num_scales;  // scales: groups of tokens, or of channels
+  Pool numbers, scale, zero;
 
-  static Pages read(Fields& f) {
-    Pages p;
-    p.type = f.number(), p.page_size = f.number(), p.rows = f.number();
-    p.key_width = f.number(), p.value_width = f.number();
-    p.key_groups = f.number(), p.value_groups = f.number();
-    for (Pool* pool : {&p.keys, &p.values, &p.key_scale, &p.key_zero, &p.value_scale,
-                       &p.value_zero}) {
-      *pool = Pool::read(f);
-    }
-    p.log_multiplicity = f.pointer<const float>();
-    return p;
+  static Side read(Fields& f) {
+    Side x;
+    x.type = f.number(), x.page_size = f.number(), x.width = f.number();
+    x.num_scales = f.number();
+    x.numbers = Pool::read(f), x.scale = Pool::read(f), x.zero = Pool::read(f);
+    return x;
   }
 
-  // The first keys [tokens, r_k] of a page, in place or in `scratch`.
+  // The first keys [tokens, r_k] of a page, in place or in `scratch`: a scale for each channel.
   const float* read_keys(int64_t group, int64_t page, int64_t tokens,
                          std::vector<float>& scratch) const {
-    if (type <= kHalf) return plain(keys, key_width, group, page, tokens, scratch);
-    scratch.resize((page_size + 2 * key_groups) * key_width);
+    if (type <= kHalf) return plain(group, page, tokens, scratch);
+    scratch.resize((page_size + 2 * num_scales) * width);
     float* out = scratch.data();
-    float *scale = out + page_size * key_width, *zero = scale + key_groups * key_width;
-    halves(key_scale, group, page, key_groups, key_width, scale);
-    halves(key_zero, group, page, key_groups, key_width, zero);
-    const int64_t group_tokens = page_size / key_groups;
-    by_token(keys, key_width, group, page, tokens, [&](int64_t t, auto code) {
-      const float* s = scale + t / group_tokens * key_width;
-      const float* z = zero + t / group_tokens * key_width;
-      float* row = out + t * key_width;
+    float *scales = out + page_size * width, *zeros = scales + num_scales * width;
+    halves(scale, group, page, num_scales, width, scales);
+    halves(zero, group, page, num_scales, width, zeros);
+    const int64_t group_tokens = page_size / num_scales;
+    by_token(group, page, tokens, [&](int64_t t, auto code) {
+      const float *s = scales + t / group_tokens * width, *z = zeros + t / group_tokens * width;
+      float* row = out + t * width;
 #pragma omp simd
-      for (int64_t j = 0; j < key_width; ++j) row[j] = code(j) * s[j] + z[j];
+      for (int64_t j = 0; j < width; ++j) row[j] = code(j) * s[j] + z[j];
     });
     return out;
   }
 
-  // The first values [tokens, r_v] of a page, in place or in `scratch`.
+  // The first values [tokens, r_v] of a page, in place or in `scratch`: scales for each token.
   const float* read_values(int64_t group, int64_t page, int64_t tokens,
                            std::vector<float>& scratch) const {
-    if (type <= kHalf) return plain(values, value_width, group, page, tokens, scratch);
-    scratch.resize(page_size * (value_width + 2 * value_groups));
+    if (type <= kHalf) return plain(group, page, tokens, scratch);
+    scratch.resize(page_size * (width + 2 * num_scales));
     float* out = scratch.data();
-    float *scale = out + page_size * value_width, *zero = scale + page_size * value_groups;
-    halves(value_scale, group, page, tokens, value_groups, scale);
-    halves(value_zero, group, page, tokens, value_groups, zero);
-    const int64_t channels = value_width / value_groups;
-    by_token(values, value_width, group, page, tokens, [&](int64_t t, auto code) {
-      for (int64_t g = 0; g < value_groups; ++g) {
-        const float s = scale[t * value_groups + g], z = zero[t * value_groups + g];
-        float* row = out + t * value_width;
+    float *scales = out + page_size * width, *zeros = scales + page_size * num_scales;
+    halves(scale, group, page, tokens, num_scales, scales);
+    halves(zero, group, page, tokens, num_scales, zeros);
+    const int64_t channels = width / num_scales;
+    by_token(group, page, tokens, [&](int64_t t, auto code) {
+      for (int64_t g = 0; g < num_scales; ++g) {
+        const float s = scales[t * num_scales + g], z = zeros[t * num_scales + g];
+        float* row = out + t * width;
 #pragma omp simd
         for (int64_t j = g * channels; j < (g + 1) * channels; ++j) row[j] = code(j) * s + z;
       }
@@ -101,14 +94,16 @@ struct Pages {
   }
 
  private:
-  const float* plain(const Pool& pool, int64_t width, int64_t group, int64_t page, int64_t tokens,
+  const float* plain(int64_t group, int64_t page, int64_t tokens,
                      std::vector<float>& scratch) const {
-    const int64_t place = pool.place(group, page);
+    const int64_t place = numbers.place(group, page);
     scratch.resize(page_size * width);
     float* out = scratch.data();
-    if (pool.row_stride == width) return plain_row(pool.data, place, type, tokens * width, out);
+    if (numbers.row_stride == width) {
+      return plain_row(numbers.data, place, type, tokens * width, out);
+    }
     for (int64_t t = 0; t < tokens; ++t) {
-      copy_row(pool.data, place + t * pool.row_stride, type, width, out + t * width);
+      copy_row(numbers.data, place + t * numbers.row_stride, type, width, out + t * width);
     }
     return out;
   }
@@ -129,19 +124,43 @@ struct Pages {
 
   // Calls write(t, code) for each token, where code(j) is the stored number of channel j.
   template <typename Write>
-  void by_token(const Pool& pool, int64_t width, int64_t group, int64_t page, int64_t tokens,
-                Write write) const {
-    const uint8_t* bytes = pool.page_of<uint8_t>(group, page);
+  void by_token(int64_t group, int64_t page, int64_t tokens, Write write) const {
+    const uint8_t* bytes = numbers.page_of<uint8_t>(group, page);
+    const auto row = [&](int64_t i) { return bytes + i * numbers.row_stride; };
+    const int64_t halves = page_size / 2, quarters = page_size / 4, eighths = page_size / 8;
     for (int64_t t = 0; t < tokens; ++t) {
-      const uint8_t* row = bytes + t % rows * pool.row_stride;
-      const int plane = static_cast<int>(t / rows);
-      switch (type) {
-        case kFloat8: write(t, [&](int64_t j) { return from_float8(row[j]); }); break;
-        case kBits8: write(t, [&](int64_t j) { return static_cast<float>(row[j]); }); break;
-        case kBits4: write(t, [&](int64_t j) { return code_of<4>(row[j], 4 * plane); }); break;
-        default: write(t, [&](int64_t j) { return code_of<2>(row[j], 2 * plane); });
+      if (type == kFloat8) {
+        write(t, [x = row(t)](int64_t j) { return from_float8(x[j]); });
+      } else if (type == kBits8) {
+        write(t, [x = row(t)](int64_t j) { return static_cast<float>(x[j]); });
+      } else if (type == kBits4) {
+        write(t, [x = row(t % halves), shift = t / halves * 4](int64_t j) {
+          return static_cast<float>(code_of<4>(x[j], shift));
+        });
+      } else if (type == kBits2) {
+        write(t, [x = row(t % quarters), shift = t / quarters * 2](int64_t j) {
+          return static_cast<float>(code_of<2>(x[j], shift));
+        });
+      } else {  // the two lower bits, and the highest one in further rows
+        write(t, [x = row(t % quarters), shift = t / quarters * 2,
+                  y = row(quarters + t % eighths), top = t / eighths](int64_t j) {
+          return static_cast<float>(code_of<2>(x[j], shift) | code_of<1>(y[j], top) << 2);
+        });
       }
     }
+  }
+};
+
+struct Pages {
+  int64_t page_size;
+  Side keys, values;
+  const float* log_multiplicity;
+
+  static Pages read(Fields& f) {
+    Pages p;
+    p.keys = Side::read(f), p.values = Side::read(f);
+    p.page_size = p.keys.page_size, p.log_multiplicity = f.pointer<const float>();
+    return p;
   }
 };
 

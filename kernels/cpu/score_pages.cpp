@@ -96,7 +96,7 @@ void token_logits(const Call& call, int64_t kv_head, int64_t page, int64_t token
   const uint8_t* codes = call.first.page_of<uint8_t>(kv_head, page);
   for (int64_t t = 0; t < tokens; ++t) {
     const uint8_t* row = codes + t % call.rows * call.first.row_stride;
-    const int plane = static_cast<int>(t / call.rows);
+    const int64_t plane = t / call.rows;
     float* to = numbers + t * width;
     if (call.type == kBits4) {
       for (int64_t j = 0; j < width; ++j) {

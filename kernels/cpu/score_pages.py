@@ -48,6 +48,6 @@ def _sketch_fields(sketch: Any) -> tuple[int, int, int, int, list[torch.Tensor |
     if hasattr(sketch, "low"):
         return BOX, TYPES[sketch.low.dtype], 1, 1, [sketch.low, sketch.high, None, None]
     stored_rows = sketch.codes.shape[2]
-    type_code = BYTE_TYPES[sketch.page_size // stored_rows]
+    type_code = BYTE_TYPES[8 * stored_rows // sketch.page_size]
     pools = [sketch.codes, sketch.scale, sketch.zero, sketch.residual]
     return LOW_RANK, type_code, sketch.page_size, stored_rows, pools
