@@ -106,7 +106,7 @@ class PiKVConfig(LayerOptions):
                     f"{len(layers)}, counted from 0"
                 )
         specs = tuple(
-            LayerSpec(number + 1, *shape, self._options_of(number))
+            LayerSpec(number + 1, *shape, self._options_of(number, len(layers)))
             for number, shape in enumerate(layers)
         )
         for spec in {spec[1:]: spec for spec in specs}.values():
@@ -114,9 +114,11 @@ class PiKVConfig(LayerOptions):
             spec.options.codec.build(spec.kv, self.page_size, 0)
         return specs
 
-    def _options_of(self, layer: int) -> LayerOptions:
+    def _options_of(self, layer: int, num_layers: int) -> LayerOptions:
         methods = {name: getattr(self, name) for name in LayerOptions.model_fields}
         for override in self.layers:
             if layer in override.layers:
                 methods |= override.methods()
-        return LayerOptions(**methods).resolved()
+        options = LayerOptions(**methods).resolved()
+        budget = options.budget.for_layer(layer, num_layers)
+        return options.model_copy(update={"budget": budget})

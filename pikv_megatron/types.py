@@ -212,15 +212,32 @@ class Reads(NamedTuple):
 class PageStats(NamedTuple):
     """Pages that an owner holds of r sequences, in m columns.
 
+    Times are positions of queries. What no method asks for is None.
+
     Attributes:
         is_page: [r, m], bool, False marks padding.
         newest: [r, m], int64, position of a page's newest token.
+        shard: [r, m], int64, which of the rank's shards it lies in, from 0; any for padding.
         mass: [r, m, ng], float32, share of the attention that the page had, summed over queries
-            and over the heads of a group; None where no method asks for it.
-        seen: [r, m], float32, queries that `mass` was summed over; None likewise.
+            and over the heads of a group.
+        seen: [r, m], float32, queries that `mass` was summed over.
+        observed: [r, m], float32, mean share that the last queries of the latest prompt gave it;
+            -1: none of a prompt has seen it.
+        last_used: [r, m], int64, when a query last used it, see `RetentionOptions.use_threshold`;
+            -1: never.
+        uses: [r, m], float32, queries that used it.
     """
 
     is_page: Tensor
     newest: Tensor
+    shard: Tensor
     mass: Tensor | None = None
     seen: Tensor | None = None
+    observed: Tensor | None = None
+    last_used: Tensor | None = None
+    uses: Tensor | None = None
+
+    @property
+    def own_shard(self) -> Tensor:
+        """`shard`, 0 for padding."""
+        return self.shard.masked_fill(~self.is_page, 0)

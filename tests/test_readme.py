@@ -58,7 +58,7 @@ def test_the_method_of_the_example_works():
     kind = family(made["RandomPagesOptions"], KeepAllOptions)
     chosen = TypeAdapter(kind).validate_python("random")
     newest = torch.arange(20).unsqueeze(0)
-    drop = chosen.build().drop(PageStats(newest >= 0, newest), torch.tensor([6]))
+    drop = chosen.build().drop(PageStats(newest >= 0, newest, 0 * newest), torch.tensor([[6]]))
     assert int((~drop).sum()) == 6 and not torch.equal(drop, drop.sort().values)
 
 

@@ -29,6 +29,7 @@ class DecodePart:
         num_rows: n.
         slots: [n], int64, slots in the group.
         window_slots: [n], int64, slots on this rank.
+        positions: [n], int64, of the queries.
         window_reads: one page a row, whose pools are to be filled in.
         reads_shards: some row of some rank has tokens in shards.
         most_pages: at least the pages that any row filled on any rank.
@@ -43,6 +44,7 @@ class DecodePart:
         self.num_rows = len(own)
         self._rank = rank
         self._slots_by_rank = [[row.sequence.slot for row in rows] for rows in rows_by_rank]
+        self._positions = [row.end - 1 for rows in rows_by_rank for row in rows]
         flushed = [row.sequence.flushed for rows in rows_by_rank for row in rows]
         in_shards = max(flushed, default=layout.num_sinks) - layout.num_sinks
         self.reads_shards = in_shards > 0
@@ -50,6 +52,7 @@ class DecodePart:
         fields = [[r.sequence.slot, r.sequence.flushed, r.end] for r in own]
         numbers = torch.tensor(fields, dtype=torch.int64, device=device).view(-1, 3)
         self.slots, flushed, length = numbers.unbind(1)
+        self.positions = length - 1
         self.window_slots = self.slots - rank * slots_per_rank
         lens = torch.full((self.num_rows, 1), layout.size, dtype=torch.int32, device=device)
         # A row's new token is written before it is attended to.
@@ -65,11 +68,13 @@ class DecodePart:
     def own_reads(self) -> OwnerReads:
         """All of this rank's rows."""
         key = tuple(self._slots_by_rank[self._rank])
-        return OwnerReads(self.slots, self.most_pages, key)
+        return OwnerReads(self.slots, self.most_pages, key, positions=self.positions)
 
     @cached_property
     def all_reads(self) -> OwnerReads:
         """All rows of all ranks, one rank behind the other."""
         key = tuple(slot for slots in self._slots_by_rank for slot in slots)
-        slots = torch.tensor(key, dtype=torch.int64, device=self.slots.device)
-        return OwnerReads(slots, self.most_pages, key)
+        numbers = torch.tensor(
+            [key, self._positions], dtype=torch.int64, device=self.slots.device
+        )
+        return OwnerReads(numbers[0], self.most_pages, key, positions=numbers[1])

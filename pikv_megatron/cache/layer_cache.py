@@ -176,7 +176,7 @@ class LayerCache:
             )
         if self.store.statistics is None:
             return self.store.attend(query, reads, [window])
-        return self.store.attend_counting(query, reads, [window], is_whole=True)
+        return self.store.attend_counting(query, reads, [window], None)
 
     def _attend_everywhere(
         self, query: torch.Tensor, window: PageList, choice: StepChoice, plan: StepPlan
@@ -189,7 +189,7 @@ class LayerCache:
             0 if self._last_lse is None else self.spec.num_heads,
         )
         last_lse = None if self._last_lse is None else self._last_lse[part.window_slots]
-        header = layout.pack(reads, part.slots, last_lse, self._placement.num_ranks)
+        header = layout.pack(reads, part.own_reads, last_lse, self._placement.num_ranks)
         goes_to = self._visited_ranks(reads)
         route = self._dispatcher.post(query, header, part.counts, goes_to)
         near, _ = decode_attention(query, [window], self.spec.softmax_scale)
@@ -209,8 +209,7 @@ class LayerCache:
     ) -> AttentionState:
         if lse is None:
             return self.store.attend(query, reads, [])
-        self.store.statistics.credit(reads.slots, lse)
-        return self.store.attend_counting(query, reads, [], is_whole=False)
+        return self.store.attend_counting(query, reads, [], lse)
 
     def _visited_ranks(self, reads: Reads) -> torch.Tensor | None:
         """[n, G], bool: the owners of visited shards."""
@@ -290,8 +289,10 @@ class LayerCache:
         slots = [slot for ranks in plan.prefill.slots_by_rank for slot in ranks]
         lens = [_length(span) for ranks in spans for span in ranks]
         lse = told.contiguous().view(torch.float32)
-        for slot, *part in zip(slots, query.split(lens), lse.split(lens)):
-            reads = OwnerReads(torch.tensor([slot], device=lse.device), plan.flush.most_pages)
+        last = [row.last_position for rows in plan.prefill.rows_by_rank for row in rows]
+        where = torch.tensor([slots, last], device=lse.device).t().split(1)
+        for row, *part in zip(where, query.split(lens), lse.split(lens)):
+            reads = OwnerReads(row[:, 0], plan.flush.most_pages, positions=row[:, 1])
             self.store.observe(*(x.unsqueeze(0) for x in part), reads)
 
     def _prune(self, plan: StepPlan) -> None:

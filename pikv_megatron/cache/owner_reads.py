@@ -18,6 +18,7 @@ class OwnerReads(NamedTuple):
         visited: [n, N], bool, the visited shards; None for all of them.
         columns: [n, k], int64, pages to read by their columns, -1 for none; None for all of the
             visited shards.
+        positions: [n], int64, of the queries (of several, the last), where masses are counted.
     """
 
     slots: torch.Tensor
@@ -25,6 +26,7 @@ class OwnerReads(NamedTuple):
     key: tuple[int, ...] | None = None
     visited: torch.Tensor | None = None
     columns: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     @property
     def is_everything(self) -> bool:

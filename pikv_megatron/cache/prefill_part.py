@@ -27,6 +27,11 @@ class PrefillRow:
     past: int
     reads: OwnerReads | None
 
+    @property
+    def last_position(self) -> int:
+        """Of its tokens."""
+        return self.past + self.tokens.stop - self.tokens.start - 1
+
 
 class PrefillPart:
     """What prefill rows read.

@@ -1,8 +1,8 @@
 """What an owner is told of a decode step's query, besides the query itself.
 
-One row of int32 words for each (query, owner): the sequence's slot and the visited shards where
-queries are routed, the columns to read where pages are selected, and the log-sum-exp of the
-sequence's last attention where masses are counted.
+One row of int32 words for each (query, owner): the sequence's slot, the query's position and the
+visited shards where queries are routed, the columns to read where pages are selected, and the
+log-sum-exp of the sequence's last attention where masses are counted.
 
 Legend: n queries, G ranks, N shards, k columns, np query heads.
 """
@@ -30,18 +30,19 @@ class HeaderLayout(NamedTuple):
     num_heads: int
 
     def pack(
-        self, reads: Reads, slots: torch.Tensor, last_lse: torch.Tensor | None, num_ranks: int
+        self, reads: Reads, own: OwnerReads, last_lse: torch.Tensor | None, num_ranks: int
     ) -> torch.Tensor | None:
         """[n, G, words], int32; None where there is nothing to tell.
 
         Args:
-            slots: [n], int64.
+            own: the sequences and the positions of their queries.
             last_lse: [n, G, np], float32, of each owner's last part of the sequence.
             num_ranks: G.
         """
         fields = []
         if self.num_shards:
-            told = torch.cat([slots.int().unsqueeze(1), pack_bits(reads.shards)], dim=1)
+            who = torch.stack([own.slots, own.positions], dim=1).int()
+            told = torch.cat([who, pack_bits(reads.shards)], dim=1)
             fields.append(told.unsqueeze(1).expand(-1, num_ranks, -1))
         if self.num_columns:
             fields.append(reads.columns.int())
@@ -61,11 +62,12 @@ class HeaderLayout(NamedTuple):
         """
         if header is None:
             return reads, None
-        shard_words = 1 + -(-self.num_shards // 32) if self.num_shards else 0
+        shard_words = 2 + -(-self.num_shards // 32) if self.num_shards else 0
         told, columns, lse = header.split([shard_words, self.num_columns, self.num_heads], dim=1)
         if self.num_shards:
-            visited = unpack_bits(told[:, 1:], self.num_shards)
-            reads = OwnerReads(told[:, 0].long(), reads.num_columns, visited=visited)
+            slots, positions = told[:, :2].long().unbind(1)
+            visited = unpack_bits(told[:, 2:], self.num_shards)
+            reads = OwnerReads(slots, reads.num_columns, visited=visited, positions=positions)
         if self.num_columns:
             reads = reads._replace(columns=columns.long())
         return reads, lse.contiguous().view(torch.float32) if self.num_heads else None

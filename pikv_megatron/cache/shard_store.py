@@ -60,7 +60,10 @@ class ShardStore:
         self.table = PageTable(num_slots, max_pages, kv.device)
         self.statistics = None
         if options.retention.needs_mass:
-            self.statistics = PageStatistics(kv.num_groups, spec.num_heads, num_slots, kv.device)
+            self.statistics = PageStatistics(
+                kv.num_groups, spec.num_heads, num_slots, kv.device,
+                options.retention.use_threshold,
+            )
         # What is read where nothing is left out changes with a flush only.
         self._lists: dict[tuple, PageList] = {}
         self.on_read: Callable[[PageList], None] | None = None
@@ -106,28 +109,34 @@ class ShardStore:
         )[0]
 
     def attend_counting(
-        self, query: torch.Tensor, reads: OwnerReads, near: list[PageList], is_whole: bool
+        self, query: torch.Tensor, reads: OwnerReads, near: list[PageList],
+        last_lse: torch.Tensor | None,
     ) -> AttentionState:
-        """The same for a decode step's query [n, 1, np, hn], whose masses are counted: at once if
-        this `is_whole` attention, else held until its log-sum-exp is known."""
+        """The same for a decode step's query [n, 1, np, hn], whose masses are held until the next.
+
+        Args:
+            last_lse: [n, np], of the sequences' last attention that this rank had a part in; None:
+                its part is always the whole.
+        """
+        self.statistics.credit(reads.slots, last_lse)
         sealed, opened = self._list(reads)
         state, mass = self._codec.attend(
             query, sealed, [opened, *near], self._softmax_scale, reads.slots, with_mass=True
         )
         pages = torch.where(sealed.lens > 0, sealed.table, -1)
-        if is_whole:
-            self.statistics.add(pages, mass[:, 0])
-            return state
-        self.statistics.hold(reads.slots, pages, mass[:, 0], state.lse[:, 0])
+        self.statistics.hold(
+            reads.slots, pages, mass[:, 0], state.lse[:, 0], reads.positions
+        )
         return state
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
-        """Count the masses of some queries of one sequence.
+        """Count the masses of a prompt's last queries.
 
         Args:
             query: [1, sq, np, hn].
             lse: [1, sq, np], of their whole attention.
-            reads: the sequence, with at least the pages that it has before the next `prune`.
+            reads: the sequence, with at least the pages that it has before the next `prune`, and
+                the position of its last query.
         """
         sealed = self._sealed(reads, reads.num_columns)
         state, mass = self._codec.attend(
@@ -135,7 +144,8 @@ class ShardStore:
         )
         shares = mass * (state.lse - lse).exp().unsqueeze(3)
         pages = torch.where(sealed.lens > 0, sealed.table, -1)
-        self.statistics.add(pages, shares.sum(dim=1), query.shape[1])
+        age = torch.arange(query.shape[1] - 1, -1, -1, device=query.device)
+        self.statistics.observe(pages, shares, reads.positions.unsqueeze(1) - age)
 
     def prune(self, slots: torch.Tensor, most_pages: int) -> torch.Tensor:
         """Drop the pages that the budget does not allow.
@@ -149,7 +159,8 @@ class ShardStore:
         """
         self._lists.clear()
         stats = self._stats(slots, most_pages)
-        limit = self._budget.limit(self.ledger.num_pages[slots], self._shards)
+        filled = self.ledger.num_tokens[:-1].view(-1, self._shards)[slots] // self.page_size
+        limit = self._budget.limit(filled)
         drop = self.retention.drop(stats, limit)
         pages, is_dropped = (x.flatten() for x in self.table.apply(slots, drop))
         if pages.numel():
@@ -230,9 +241,15 @@ class ShardStore:
         is_page = self.table.is_page(slots, num_columns)
         pages = torch.where(is_page, self.table.page[slots, :num_columns], self.pool.null_page)
         newest = self.pool.position[pages, -1].long()
+        shard = self.placement.local_shard(self.pool.shard[pages].long())
+        stats = PageStats(is_page, newest, shard)
         if self.statistics is None:
-            return PageStats(is_page, newest)
-        return PageStats(is_page, newest, self.statistics.mass[pages], self.statistics.seen[pages])
+            return stats
+        counted = (
+            (name, getattr(self.statistics, name))
+            for name in ("mass", "seen", "observed", "last_used", "uses")
+        )
+        return stats._replace(**{name: t[pages] for name, t in counted if t is not None})
 
     def _list(self, reads: OwnerReads) -> tuple[PageList, PageList]:
         """Pages and token buffers that are read."""

@@ -1,12 +1,18 @@
 """Which sealed pages an owner keeps (paper, section 3.4). What the paper calls a scheduler is a
 retention policy here: in serving, a scheduler schedules requests.
 
-Legend: r sequences, m columns.
+Pages of a shard compete with each other only, so what stays does not depend on which shards a rank
+has. The first tokens of a sequence are never in a page: they stay in its stream window.
+
+Legend: r sequences, m columns, s shards of the rank.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 
 from pikv_megatron.options import Options
 from pikv_megatron.types import PageStats
@@ -20,19 +26,13 @@ class RetentionPolicy(ABC):
         """[r, m], float32, any where there is no page; of equals the newer page stays."""
 
     def drop(self, stats: PageStats, limit: torch.Tensor) -> torch.Tensor:
-        """Pages to drop, [r, m], bool, so that at most limit [r] of each sequence stay.
+        """Pages to drop, [r, m], bool, so that at most limit [r, s] of each shard stay.
 
         Example:
-            Utilities 3, 1, 2 and a limit of 2: the second page is dropped.
+            Utilities 3, 1, 2 in one shard and a limit of 2: the second page is dropped.
         """
-        utility = self.utility(stats).masked_fill(~stats.is_page, -torch.inf)
-        by_age = stats.newest.masked_fill(~stats.is_page, -1).argsort(dim=1, descending=True)
-        best = utility.gather(1, by_age).argsort(dim=1, descending=True, stable=True)
-        order = by_age.gather(1, best)
-        place = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-        )
-        return stats.is_page & (place >= limit.unsqueeze(1))
+        is_over = place(stats, self.utility(stats)) > limit.gather(1, stats.own_shard)
+        return stats.is_page & is_over
 
 
 class RetentionOptions(Options):
@@ -41,3 +41,45 @@ class RetentionOptions(Options):
     @abstractmethod
     def build(self) -> RetentionPolicy | None:
         """The policy of a layer; None keeps every page."""
+
+    @property
+    def use_threshold(self) -> float | None:
+        """Share of a query's attention, mean over heads, from which a page counts as used; None:
+        uses are not counted."""
+        return None
+
+
+class ObservingOptions(RetentionOptions):
+    """Parameters of a policy that judges pages by what they had of the attention."""
+
+    observation_window: int = Field(
+        32, ge=1, description="last queries of a prompt (or chunk) that every page is judged by"
+    )
+
+    needs_mass: ClassVar[bool] = True
+
+
+def best_first(stats: PageStats, utility: torch.Tensor) -> torch.Tensor:
+    """[r, m], int64: columns by falling utility, the newer first among equals, padding last."""
+    by_age = stats.newest.masked_fill(~stats.is_page, -1).argsort(dim=1, descending=True)
+    utility = utility.masked_fill(~stats.is_page, -torch.inf)
+    return by_age.gather(1, utility.gather(1, by_age).argsort(dim=1, descending=True, stable=True))
+
+
+def place(stats: PageStats, utility: torch.Tensor) -> torch.Tensor:
+    """[r, m], int64: the place of each page among those of its shard, from 1 for the best."""
+    order = best_first(stats, utility)
+    places = running(torch.ones_like(order), stats.own_shard.gather(1, order))
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def running(values: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
+    """Sums [r, m] of values [r, m] up to each column, over the columns of its own shard [r, m].
+
+    Example:
+        Values 1, 2, 4 in shards 0, 1, 0: 1, 2, 5.
+    """
+    if shard.numel() == 0:
+        return values
+    by_shard = F.one_hot(shard) * values.unsqueeze(2)
+    return by_shard.cumsum(dim=1).gather(2, shard.unsqueeze(2)).squeeze(2)

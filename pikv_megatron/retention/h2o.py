@@ -1,22 +1,16 @@
 """Heavy hitters stay (H2O, arXiv 2306.14048; paper, Table 3, S_H2O: u = a)."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 
-from pikv_megatron.retention.base import RetentionOptions, RetentionPolicy
+from pikv_megatron.retention.base import ObservingOptions, RetentionPolicy
 
 
-class H2OOptions(RetentionOptions):
+class H2OOptions(ObservingOptions):
     """Pages that had the most attention stay, judged by the prompt's last queries, then by all."""
 
     name: Literal["h2o"] = "h2o"
-    observation_window: int = Field(
-        32, ge=1, description="last queries of a prompt (or chunk) that every page is judged by"
-    )
-
-    needs_mass: ClassVar[bool] = True
 
     def build(self):
         return H2OPolicy()

@@ -64,15 +64,15 @@ def test_a_header_says_what_was_asked(is_routed, num_columns, num_heads):
     columns = torch.randint(-1, 9, (n, ranks, num_columns)) if num_columns else None
     lse = torch.randn(n, ranks, num_heads) if num_heads else None
     layout = HeaderLayout(shards if is_routed else 0, num_columns, num_heads)
-    slots = torch.arange(10, 10 + n)
-    header = layout.pack(Reads(visited, columns), slots, lse, ranks)
-    every = OwnerReads(slots, 9, tuple(slots.tolist()))
+    slots, positions = torch.arange(10, 10 + n), torch.arange(70, 70 + n)
+    every = OwnerReads(slots, 9, tuple(slots.tolist()), positions=positions)
+    header = layout.pack(Reads(visited, columns), every, lse, ranks)
     if header is None:
         assert layout.unpack(None, every) == (every, None)
         return
     for rank in range(ranks):
         reads, told = layout.unpack(header[:, rank], every)
-        assert torch.equal(reads.slots, slots)
+        assert torch.equal(reads.slots, slots) and torch.equal(reads.positions, positions)
         assert reads.visited is None if visited is None else torch.equal(reads.visited, visited)
         right = None if columns is None else columns[:, rank]
         assert reads.columns is None if right is None else torch.equal(reads.columns, right)

@@ -1,4 +1,5 @@
-"""The mass that an owner holds for a page is the true softmax mass of its queries."""
+"""The mass that an owner holds for a page is the true softmax mass of its queries, and uses are
+counted where it is large."""
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ KEEPS = dict(
     page_size=3, window=5, num_sinks=2, flush_interval=3,
     retention={"name": "h2o", "observation_window": 4}, budget={"name": "share", "keep": 1.0},
 )
+THRESHOLD = 0.05
+USES = {"name": "lru", "observation_window": 4, "threshold": THRESHOLD}
 METHODS = {
     "plain": {},
+    "uses": {"retention": USES},
     "codec": {"codec": {"transform": {"name": "svd", "rank": WIDTH}}},
     "routed": {"router": {"name": "top_k", "k": 4}, "sketch": "mean_key"},
 }
@@ -33,11 +37,12 @@ def true_masses(keys: torch.Tensor, query: torch.Tensor, position: int) -> torch
 
 
 def held_masses(context, layer, slot: int) -> dict:
-    """Masses [ng] and queries seen by the positions of a page, of all ranks."""
-    store = layer.store
+    """Statistics by the positions of a page, of all ranks."""
+    store, held = layer.store, layer.store.statistics
+    names = ["mass", "seen", "observed"] + (["last_used", "uses"] if held.uses is not None else [])
     mine = {
         tuple(store.pool.position[page].tolist()):
-            (store.statistics.mass[page].tolist(), float(store.statistics.seen[page]))
+            {name: getattr(held, name)[page].tolist() for name in names}
         for page in store.table.pages_of(slot)
     }
     found = [mine]
@@ -49,13 +54,13 @@ def held_masses(context, layer, slot: int) -> dict:
 
 def check(pg, fields: dict, dispatcher: str) -> None:
     ranks = pg.ep.size()
-    config = PiKVConfig(token_shards=4, dispatcher=dispatcher, **KEEPS, **fields)
+    config = PiKVConfig(token_shards=4, dispatcher=dispatcher, **KEEPS | fields)
     context = new_context(config, 1, LENGTH, pg.ep if ranks > 1 else None)
     layer, home = context.layers[1], ranks - 1
     generator = torch.Generator().manual_seed(3)
     keys, values = torch.randn(2, NUM_GROUPS, LENGTH, WIDTH, generator=generator)
     queries = torch.randn(LENGTH, HEADS, WIDTH, generator=generator)
-    sequence, expected = context.start(home), {}
+    sequence, judgements = context.start(home), []
     sealed_at: dict = {}
     for count in (40, 1, 1, 1, 1, 1, 1, 1, 1):
         first = sequence.length
@@ -75,27 +80,26 @@ def check(pg, fields: dict, dispatcher: str) -> None:
             sealed_at[place] = first + count
         # The last queries of a prompt, or a decode step's own, judge the pages that there are.
         judged = range(first + count - min(4, count), first + count)
-        for position in judged:
-            mass = true_masses(keys, queries[position], position)
-            for place in held if count > 1 else known:
-                share = mass[:, list(place)].sum(1)
-                expected[place] = expected.get(place, 0.0) + share
+        judgements += [(position, held if count > 1 else known) for position in judged]
     final = held_masses(context, layer, sequence.slot)
-    pending = sequence.length - 1  # on several ranks the last step's is credited with the next
     assert len(final) > 8
-    for place, (mass, seen) in final.items():
-        right = expected.get(place, torch.zeros(NUM_GROUPS).double())
-        if ranks > 1 and sealed_at[place] < sequence.length:
-            right = right - true_masses(keys, queries[pending], pending)[:, list(place)].sum(1)
-        torch.testing.assert_close(torch.tensor(mass).double(), right, atol=1e-5, rtol=1e-5)
+    if "retention" in fields:
+        assert any(0 < found["uses"] < found["seen"] for found in final.values())
+    for place, found in final.items():
+        # The last step's is credited with the next.
+        times = [position for position, judged in judgements[:-1] if place in judged]
+        shares = [true_masses(keys, queries[t], t)[:, list(place)].sum(1) for t in times]
+        shares = torch.stack([torch.zeros(NUM_GROUPS).double(), *shares])
+        mass = torch.tensor(found["mass"]).double()
+        torch.testing.assert_close(mass, shares.sum(0), atol=1e-5, rtol=1e-5)
         by_prompt = 4 if sealed_at[place] <= 40 else 0
-        assert seen == float(by_prompt + decode_steps(sealed_at[place], ranks))
-
-
-def decode_steps(sealed_at: int, ranks: int) -> int:
-    """Decode steps that a page has been seen in, and credited for."""
-    last = 48 if ranks == 1 else 47
-    return max(0, last - max(40, sealed_at))
+        assert found["seen"] == len(times) == by_prompt + max(0, 47 - max(40, sealed_at[place]))
+        by_head = shares[1:].sum(1) / HEADS
+        observed = float(by_head[:4].mean()) if by_prompt else -1.0
+        assert found["observed"] == pytest.approx(observed, abs=1e-5)
+        if "uses" in found:
+            used = [t for t, share in zip(times, by_head) if share >= THRESHOLD]
+            assert found["uses"] == len(used) and found["last_used"] == max(used, default=-1)
 
 
 def check_all(num_ranks: int) -> None:

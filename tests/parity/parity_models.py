@@ -1,5 +1,8 @@
 """Tiny MoE models, and their logits through a PiKV cache and without one."""
 
+import re
+import zlib
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -40,6 +43,19 @@ def build(
     torch.manual_seed(seed)
     arguments = dict(vocab_size=VOCAB, max_sequence_length=512, position_embedding_type="rope")
     return GPTModel(cfg, spec, pg_collection=pg, **{**arguments, **(gpt or {})}).eval()
+
+
+@torch.no_grad()
+def draw_weights(model, ep_rank: int) -> None:
+    """Weights by their names in the whole model: the same at every expert-parallel size."""
+    for name, weight in model.named_parameters():
+        found = re.search(r"local_experts\.(\d+)", name)
+        if found:
+            number = ep_rank * model.decoder.layers[0].mlp.num_local_experts + int(found[1])
+            name = name.replace(found[0], f"experts.{number}")
+        if weight.dim() > 1:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
 
 
 @torch.no_grad()
