@@ -17,16 +17,27 @@ class Ask:
 
     Args:
         query: [n, np, hn], after RoPE.
-        directory: of the same n sequences.
+        slots: [n], int64, slots of the sequences on this rank.
+        positions: [n], int64, of the queries.
+        directory: of the same n sequences; None where no sketches are kept.
         judge: gives page logits and scores for the query, see `PageSketcher.logits`.
     """
 
-    def __init__(self, query: torch.Tensor, directory: Directory, judge: Judge):
+    def __init__(
+        self, query: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
+        directory: Directory | None = None, judge: Judge | None = None,
+    ):
         self.query = query
+        self.slots = slots
+        self.positions = positions
         self.directory = directory
-        self.is_page = directory.is_page.flatten(1)
         self._judge = judge
         self._scored: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def is_page(self) -> torch.Tensor:
+        """[n, M], bool, False marks padding."""
+        return self.directory.is_page.flatten(1)
 
     @property
     def page_logits(self) -> torch.Tensor:
@@ -40,10 +51,16 @@ class Ask:
 
     def shard_scores(self) -> torch.Tensor:
         """[n, N], float32: the shares of a shard's pages, summed."""
-        shares = self.page_scores
+        return self._by_shard(self.page_scores)
+
+    def shard_pages(self) -> torch.Tensor:
+        """[n, N], float32: pages of each shard."""
+        return self._by_shard(self.is_page.float())
+
+    def _by_shard(self, values: torch.Tensor) -> torch.Tensor:
         shard = self.directory.shard.flatten(1)
-        return shares.new_zeros(len(shares), self.directory.num_shards).scatter_add_(
-            1, shard, shares
+        return values.new_zeros(len(values), self.directory.num_shards).scatter_add_(
+            1, shard, values
         )
 
     def _scores(self) -> tuple[torch.Tensor, torch.Tensor]:

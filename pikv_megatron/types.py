@@ -182,14 +182,12 @@ class Directory(NamedTuple):
     Column j of rank r is the page that r lists in column j for the same sequence.
 
     Attributes:
-        slots: [n], int64, the sequences' slots on this home rank.
         table: [n, G, m], int64, where in the sketch each page is found; any place for padding.
         is_page: [n, G, m], bool, False marks padding.
         shard: [n, G, m], int64, the shard of each page; any for padding.
         num_shards: N.
     """
 
-    slots: Tensor
     table: Tensor
     is_page: Tensor
     shard: Tensor

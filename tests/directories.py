@@ -29,4 +29,5 @@ def drawn_ask(num_sequences: int, num_ranks: int, num_shards: int, seed: int = 0
 
     query = torch.randn(num_sequences, NUM_HEADS, 8, generator=generator)
     slots = torch.arange(num_sequences)
-    return Ask(query, Directory(slots, table, is_page, shard, num_shards), judge)
+    directory = Directory(table, is_page, shard, num_shards)
+    return Ask(query, slots, 10 + 7 * slots, directory, judge)

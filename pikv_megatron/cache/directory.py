@@ -99,13 +99,15 @@ class PageDirectory:
             self._mean_value[:, place] = mean.to(self._mean_value.dtype)
 
     def ask(
-        self, query: torch.Tensor, slots: torch.Tensor, key: tuple[int, ...], num_columns: int
+        self, query: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
+        key: tuple[int, ...], num_columns: int,
     ) -> Ask:
         """What is known for a step's queries.
 
         Args:
             query: [n, np, hn].
             slots: [n], int64, their sequences on this rank.
+            positions: [n], int64, of the queries.
             key: the same sequences, as the host knows them.
             num_columns: m.
         """
@@ -119,7 +121,7 @@ class PageDirectory:
                 query, self.sketch, table, lens, slots, self._softmax_scale
             )
 
-        return Ask(query, directory, judge)
+        return Ask(query, slots, positions, directory, judge)
 
     def tail(self, ask: Ask, columns: torch.Tensor) -> AttentionState:
         """Attention to the pages that are not read, each by its estimated mass and mean value.
@@ -183,7 +185,7 @@ class PageDirectory:
         is_page = self.table.is_page(rows, num_columns)
         table = torch.where(is_page, self.table.page[rows, :num_columns], self._free.num_pages)
         shard = self.shard[table]
-        directory = Directory(slots, table, is_page, shard, self._placement.num_shards)
+        directory = Directory(table, is_page, shard, self._placement.num_shards)
         return directory, is_page.flatten(1).int() * self._page_size
 
     def _group(self, block: TokenBlock) -> torch.Tensor:

@@ -21,6 +21,7 @@ from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.parallel.dispatcher import FLUSH_OP, KVDispatcher
 from pikv_megatron.parallel.packet import pack_bits, unpack_bits
+from pikv_megatron.relevance import Ask
 from pikv_megatron.types import AttentionState, KVPages, PageList, Reads
 
 
@@ -46,7 +47,9 @@ class LayerCache:
         self.window = window
         self.store = store
         self.directory = directory
-        self.router = spec.options.router.build()
+        self.router = spec.options.router.build(
+            num_slots, placement.num_shards, spec.kv.device
+        )
         self.selector = spec.options.selector.build()
         self._dispatcher = dispatcher
         self._placement = placement
@@ -127,10 +130,13 @@ class LayerCache:
             self.window.clear(window_slot)
         if self.directory is not None and window_slot is not None:
             self.directory.release(window_slot)
+        if self.router is not None and window_slot is not None:
+            self.router.release(window_slot)
 
     def tensors(self) -> list[torch.Tensor]:
         directory = [] if self.directory is None else self.directory.tensors()
         own = [] if self._last_lse is None else [self._last_lse]
+        own += [] if self.router is None else self.router.tensors()
         return self.window.tensors() + self.store.tensors() + directory + own
 
     def check_integrity(self) -> None:
@@ -148,9 +154,11 @@ class LayerCache:
             return decode_attention(query, [window], self.spec.softmax_scale)[0]
         choice = self._choose(query, plan)
         if self._placement.num_ranks == 1:
-            state = self._attend_here(query, window, choice, part.own_reads)
+            state, mass = self._attend_here(query, window, choice, part.own_reads)
         else:
-            state = self._attend_everywhere(query, window, choice, plan)
+            state, mass = self._attend_everywhere(query, window, choice, plan)
+        if mass is not None:
+            self.router.learn(part.window_slots, choice.reads.shards, mass)
         if choice.columns is not None and self.directory.keeps_means:
             state = _merge([state, self.directory.tail(choice.ask, choice.columns)])
         return state
@@ -160,27 +168,30 @@ class LayerCache:
             return StepChoice(Reads())
         part = plan.decode
         num_columns = self.store.num_columns(part.most_pages)
-        ask = self.directory.ask(
-            query[:, 0], part.window_slots, part.own_reads.key, num_columns
-        )
+        who = query[:, 0], part.window_slots, part.positions
+        if self.directory is None:
+            ask = Ask(*who)
+        else:
+            ask = self.directory.ask(*who, part.own_reads.key, num_columns)
         return choose(self.router, self.selector, ask)
 
     def _attend_here(
         self, query: torch.Tensor, window: PageList, choice: StepChoice, reads: OwnerReads
-    ) -> AttentionState:
-        """This rank owns every shard: one softmax over all."""
+    ) -> tuple[AttentionState, torch.Tensor | None]:
+        """This rank owns every shard: one softmax over all, and each shard's share [n, N]."""
         columns = choice.reads.columns
         if choice.ask is not None:
             reads = reads._replace(
                 visited=choice.reads.shards, columns=None if columns is None else columns[:, 0]
             )
-        if self.store.statistics is None:
-            return self.store.attend(query, reads, [window])
-        return self.store.attend_counting(query, reads, [window], None)
+        state, shares = self.store.attend_decoding(
+            query, reads, [window], None, self._router_learns
+        )
+        return state, None if shares is None else shares.mean(dim=(1, 2))
 
     def _attend_everywhere(
         self, query: torch.Tensor, window: PageList, choice: StepChoice, plan: StepPlan
-    ) -> AttentionState:
+    ) -> tuple[AttentionState, torch.Tensor | None]:
         """Queries go to the owners; while they travel, home attends to its window."""
         part, reads = plan.decode, choice.reads
         layout = HeaderLayout(
@@ -194,22 +205,25 @@ class LayerCache:
         route = self._dispatcher.post(query, header, part.counts, goes_to)
         near, _ = decode_attention(query, [window], self.spec.softmax_scale)
         arrived, header = self._dispatcher.wait(route, query, header)
-        owned = self._attend_for_others(arrived, *layout.unpack(header, part.all_reads))
-        parts = self._dispatcher.give_back(route, _packed(owned))
-        state = _merge([near, *map(_unpacked, parts)])
+        arrived_reads, arrived_lse = layout.unpack(header, part.all_reads)
+        owned, shares = self.store.attend_decoding(
+            arrived, arrived_reads, [], arrived_lse, self._router_learns
+        )
+        packed, width = _packed(owned), near.out.shape[-1] + 1
+        if shares is not None:
+            packed = torch.cat([packed, shares], dim=-1)
+        parts = self._dispatcher.give_back(route, packed)
+        state = _merge([near, *map(_unpacked, parts[..., :width])])
         if last_lse is not None:
             lse = state.lse.expand_as(last_lse)
             if goes_to is not None:
                 lse = torch.where(goes_to.unsqueeze(2), lse, last_lse)
             self._last_lse[part.window_slots] = lse
-        return state
+        return state, None if shares is None else _shard_masses(parts[..., width - 1 :], state.lse)
 
-    def _attend_for_others(
-        self, query: torch.Tensor, reads: OwnerReads, lse: torch.Tensor | None
-    ) -> AttentionState:
-        if lse is None:
-            return self.store.attend(query, reads, [])
-        return self.store.attend_counting(query, reads, [], lse)
+    @property
+    def _router_learns(self) -> bool:
+        return self.router is not None and self.router.learns
 
     def _visited_ranks(self, reads: Reads) -> torch.Tensor | None:
         """[n, G], bool: the owners of visited shards."""
@@ -330,6 +344,20 @@ def _packed(state: AttentionState) -> torch.Tensor:
 
 def _unpacked(packed: torch.Tensor) -> AttentionState:
     return AttentionState(packed[..., :-1], packed[..., -1])
+
+
+def _shard_masses(parts: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Shares of the whole attention, [n, N], mean over heads.
+
+    Args:
+        parts: [G, n, 1, np, 1 + s], each owner's log-sum-exp and what its shards had of its part;
+            -inf where it was not asked.
+        lse: [n, 1, np], of the whole.
+    """
+    factor = (parts[..., :1] - lse.unsqueeze(-1)).exp()
+    shares = torch.where(factor > 0, parts[..., 1:] * factor, 0.0).mean(dim=(2, 3))
+    # Shard s is number s // G of rank s mod G.
+    return shares.permute(1, 2, 0).flatten(1)
 
 
 def _merge(states: list[AttentionState]) -> AttentionState:

@@ -108,26 +108,37 @@ class ShardStore:
             query, sealed, [opened, *near], self._softmax_scale, reads.slots
         )[0]
 
-    def attend_counting(
+    def attend_decoding(
         self, query: torch.Tensor, reads: OwnerReads, near: list[PageList],
-        last_lse: torch.Tensor | None,
-    ) -> AttentionState:
-        """The same for a decode step's query [n, 1, np, hn], whose masses are held until the next.
+        last_lse: torch.Tensor | None, by_shard: bool,
+    ) -> tuple[AttentionState, torch.Tensor | None]:
+        """The same for a decode step's query [n, 1, np, hn], whose masses are held until the next
+        where they are counted.
 
         Args:
             last_lse: [n, np], of the sequences' last attention that this rank had a part in; None:
                 its part is always the whole.
+            by_shard: whether to return shares.
+
+        Returns:
+            The attention; and the share of it that each shard of this rank has, [n, 1, np, s].
         """
-        self.statistics.credit(reads.slots, last_lse)
+        if self.statistics is None and not by_shard:
+            return self.attend(query, reads, near), None
         sealed, opened = self._list(reads)
-        state, mass = self._codec.attend(
+        state, (mass, of_open, *_) = self._codec.attend(
             query, sealed, [opened, *near], self._softmax_scale, reads.slots, with_mass=True
         )
-        pages = torch.where(sealed.lens > 0, sealed.table, -1)
-        self.statistics.hold(
-            reads.slots, pages, mass[:, 0], state.lse[:, 0], reads.positions
-        )
-        return state
+        if self.statistics is not None:
+            self.statistics.credit(reads.slots, last_lse)
+            pages = torch.where(sealed.lens > 0, sealed.table, -1)
+            self.statistics.hold(
+                reads.slots, pages, mass[:, 0], state.lse[:, 0], reads.positions
+            )
+        if not by_shard:
+            return state, None
+        shard = self.placement.local_shard(self.pool.shard[sealed.table].long())
+        return state, of_open.scatter_add(3, shard[:, None, None].expand_as(mass), mass)
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
         """Count the masses of a prompt's last queries.
@@ -139,7 +150,7 @@ class ShardStore:
                 the position of its last query.
         """
         sealed = self._sealed(reads, reads.num_columns)
-        state, mass = self._codec.attend(
+        state, (mass,) = self._codec.attend(
             query, sealed, [], self._softmax_scale, reads.slots, with_mass=True
         )
         shares = mass * (state.lse - lse).exp().unsqueeze(3)

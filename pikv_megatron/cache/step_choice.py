@@ -29,12 +29,12 @@ class StepChoice(NamedTuple):
 
 def choose(router: KVRouter | None, selector: PageSelector | None, ask: Ask) -> StepChoice:
     """Let the router choose shards and the selector pages of them."""
-    shards, may_read = None, ask.is_page
-    if router is not None:
-        shards = router.visit(ask)
-        may_read = may_read & shards.gather(1, ask.directory.shard.flatten(1))
+    shards = None if router is None else router.visit(ask)
     if selector is None:
         return StepChoice(Reads(shards), None, ask)
+    may_read = ask.is_page
+    if shards is not None:
+        may_read = may_read & shards.gather(1, ask.directory.shard.flatten(1))
     columns = selector.select(ask, may_read, may_read.shape[1])
     return StepChoice(Reads(shards, by_rank(columns, *ask.directory.table.shape[1:])), columns, ask)
 

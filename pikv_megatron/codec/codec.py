@@ -63,23 +63,26 @@ class PageCodec:
     def attend(
         self, query: torch.Tensor, sealed: PageList, plain: list[PageList], softmax_scale: float,
         slots: torch.Tensor, with_mass: bool = False,
-    ) -> tuple[AttentionState, torch.Tensor | None]:
+    ) -> tuple[AttentionState, list[torch.Tensor] | None]:
         """Attention of query [n, sq, np, hn] over sealed pages and over lists as computed.
 
         Returns:
-            The attention; and the share of it that each sealed page has, [n, sq, np, m], if asked.
+            The attention; and the shares of it that the pages of each list have, sealed ones first,
+            [n, sq, np, m], if asked.
         """
         if self._transform is None:
-            state, masses = decode_attention(query, [sealed, *plain], softmax_scale, with_mass)
-            return state, masses[0] if with_mass else None
-        far, mass = self._attend_transformed(query, sealed, softmax_scale, slots, with_mass)
+            return decode_attention(query, [sealed, *plain], softmax_scale, with_mass)
+        far, masses = self._attend_transformed(query, sealed, softmax_scale, slots, with_mass)
         if not plain:
-            return far, mass
-        near, _ = decode_attention(query, plain, softmax_scale)
+            return far, masses
+        near, others = decode_attention(query, plain, softmax_scale, with_mass)
         state = merge_states(*(torch.stack(parts) for parts in zip(far, near)))
-        if with_mass:
-            mass = mass * (far.lse - state.lse).exp().unsqueeze(3)
-        return state, mass
+        if not with_mass:
+            return state, None
+        by_part = ((far.lse, masses), (near.lse, others))
+        return state, [
+            mass * (lse - state.lse).exp().unsqueeze(3) for lse, part in by_part for mass in part
+        ]
 
     @property
     def learns(self) -> bool:
@@ -111,4 +114,4 @@ class PageCodec:
         )
         out = self._transform.emit(state.out, slots)
         has_keys = (state.lse > -torch.inf).unsqueeze(3)
-        return AttentionState(out * has_keys, state.lse), masses[0] if with_mass else None
+        return AttentionState(out * has_keys, state.lse), masses

@@ -10,5 +10,5 @@ class AllShardsOptions(RouterOptions):
 
     name: Literal["all"] = "all"
 
-    def build(self):
+    def build(self, num_slots, num_shards, device):
         return None

@@ -1,4 +1,10 @@
-"""Which shards a query visits."""
+"""Which shards a query visits.
+
+What a router learns belongs to one sequence and lies on its home rank: no rank has to be told, and
+what a sequence reads does not depend on its batch or on the number of ranks.
+
+Legend: n sequences, N shards.
+"""
 
 from abc import ABC, abstractmethod
 
@@ -9,16 +15,39 @@ from pikv_megatron.relevance import Ask
 
 
 class KVRouter(ABC):
-    """Chooses the shards that a step's queries visit (Megatron's MoE router chooses experts)."""
+    """Chooses the shards that a step's queries visit (Megatron's MoE router chooses experts).
+
+    Attributes:
+        learns: it is to be told what the shards that were visited had of the attention.
+    """
+
+    learns = False
 
     @abstractmethod
     def visit(self, ask: Ask) -> torch.Tensor:
         """[n, N], bool: the shards that each sequence visits, at least one."""
+
+    def learn(self, slots: torch.Tensor, shards: torch.Tensor, mass: torch.Tensor) -> None:
+        """Take note of a step.
+
+        Args:
+            slots: [n], int64, slots of the sequences on this rank.
+            shards: [n, N], bool, the shards that their queries visited.
+            mass: [n, N], float32, share of the attention that each gave, mean over heads.
+        """
+
+    def release(self, slot: int) -> None:
+        """The sequence of a slot of this rank ended."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is kept."""
+        return []
 
 
 class RouterOptions(Options):
     """Parameters of a router."""
 
     @abstractmethod
-    def build(self) -> KVRouter | None:
-        """The router of a layer; None visits every shard."""
+    def build(self, num_slots: int, num_shards: int, device: torch.device) -> KVRouter | None:
+        """The router of a layer, whose home rank has `num_slots` sequences; None visits every
+        shard."""

@@ -1,26 +1,20 @@
 """Top-k routing (paper, Table 1, R_T), over the relevance of what shards hold."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 
 from pikv_megatron.ops.route_topk import route_topk
-from pikv_megatron.router.base import KVRouter, RouterOptions
+from pikv_megatron.router.base import KVRouter
+from pikv_megatron.router.gate import GateOptions
 
 
-class TopKOptions(RouterOptions):
+class TopKOptions(GateOptions):
     """The k shards whose pages promise the most attention."""
 
     name: Literal["top_k"] = "top_k"
-    k: int = Field(2, ge=1, description="shards to visit")
-    source: Literal["relevance"] = Field(
-        "relevance", description="logits of the shards: page scores summed per shard"
-    )
 
-    needs_sketch: ClassVar[bool] = True
-
-    def build(self):
+    def build(self, num_slots, num_shards, device):
         return TopKRouter(self.k)
 
 

@@ -38,7 +38,7 @@ def test_attention_is_that_over_the_restored_pages_and_the_buffers(
     sealed = PageList(pool, torch.tensor([[3, 5, 4]]), torch.tensor([[S, 0, S]]).int())
     opened = PageList(buffers, torch.tensor([[0]]), torch.tensor([[5]]).int())
     plain = [opened] if with_buffers else []
-    state, mass = codec.attend(query, sealed, plain, 0.25, torch.tensor([1]), with_mass=True)
+    state, (mass, *_) = codec.attend(query, sealed, plain, 0.25, torch.tensor([1]), with_mass=True)
 
     parts = [codec.restore(pool, torch.tensor([3, 4]), SLOTS[:2]), (buffers.keys, buffers.values)]
     dense = [torch.cat([t.flatten(1, 2) for t in kind], dim=1)[:, None] for kind in zip(*parts)]

@@ -1,5 +1,5 @@
 """The mass that an owner holds for a page is the true softmax mass of its queries, and uses are
-counted where it is large."""
+counted where it is large; a router that learns is told the true mass of every shard."""
 
 import pytest
 import torch
@@ -24,6 +24,11 @@ METHODS = {
     "uses": {"retention": USES},
     "codec": {"codec": {"transform": {"name": "svd", "rank": WIDTH}}},
     "routed": {"router": {"name": "top_k", "k": 4}, "sketch": "mean_key"},
+    "learned": {"router": {"name": "cache_aware", "k": 4}, "sketch": "mean_key"},
+    "learned, codec": {
+        "router": {"name": "cache_aware", "k": 4}, "sketch": "mean_key", "retention": "all",
+        "budget": None, "codec": {"transform": {"name": "svd", "rank": WIDTH}},
+    },
 }
 LENGTH = 60
 
@@ -52,18 +57,32 @@ def held_masses(context, layer, slot: int) -> dict:
     return {place: value for part in found for place, value in part.items()}
 
 
-def check(pg, fields: dict, dispatcher: str) -> None:
+def check_told(context, told: list, true: torch.Tensor, flushed: int) -> None:
+    """What the router was told last is each shard's part of a query's true masses [ng, t]."""
+    (shards, mass), by_head = told[-1], true.sum(0) / HEADS
+    position = torch.arange(context.layout.num_sinks, flushed)
+    right = torch.zeros(4).double()
+    right.index_add_(0, context.placement.shard(position, None), by_head[position])
+    assert shards.all() and mass.shape == (1, 4)
+    torch.testing.assert_close(mass[0].double(), right, atol=1e-5, rtol=1e-5)
+
+
+def check(pg, name: str, dispatcher: str) -> None:
     ranks = pg.ep.size()
+    fields = METHODS[name]
     config = PiKVConfig(token_shards=4, dispatcher=dispatcher, **KEEPS | fields)
     context = new_context(config, 1, LENGTH, pg.ep if ranks > 1 else None)
     layer, home = context.layers[1], ranks - 1
+    told = []
+    if layer.router is not None:
+        layer.router.learn = lambda slots, *step: told.append(step)
     generator = torch.Generator().manual_seed(3)
     keys, values = torch.randn(2, NUM_GROUPS, LENGTH, WIDTH, generator=generator)
     queries = torch.randn(LENGTH, HEADS, WIDTH, generator=generator)
     sequence, judgements = context.start(home), []
     sealed_at: dict = {}
     for count in (40, 1, 1, 1, 1, 1, 1, 1, 1):
-        first = sequence.length
+        first, flushed = sequence.length, sequence.flushed
         rows = [[] for _ in range(ranks)]
         rows[home] = [StepRow(sequence, count)]
         context.begin_step(rows, CPU)
@@ -72,6 +91,12 @@ def check(pg, fields: dict, dispatcher: str) -> None:
             queries[span], keys[:, span].transpose(0, 1), values[:, span].transpose(0, 1),
             context.plan,
         )
+        if count == 1 and context.rank == home and "learned" in name:
+            check_told(context, told, true_masses(keys, queries[first], first), flushed)
+        if layer.store.statistics is None:
+            layer.settle(context.plan, None)
+            context.finish_step()
+            continue
         known = set(held_masses(context, layer, sequence.slot))
         layer.settle(context.plan, None)
         context.finish_step()
@@ -81,9 +106,11 @@ def check(pg, fields: dict, dispatcher: str) -> None:
         # The last queries of a prompt, or a decode step's own, judge the pages that there are.
         judged = range(first + count - min(4, count), first + count)
         judgements += [(position, held if count > 1 else known) for position in judged]
+    if layer.store.statistics is None:
+        return
     final = held_masses(context, layer, sequence.slot)
     assert len(final) > 8
-    if "retention" in fields:
+    if name == "uses":
         assert any(0 < found["uses"] < found["seen"] for found in final.values())
     for place, found in final.items():
         # The last step's is credited with the next.
@@ -104,9 +131,9 @@ def check(pg, fields: dict, dispatcher: str) -> None:
 
 def check_all(num_ranks: int) -> None:
     with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
-        for fields in METHODS.values():
+        for name in METHODS:
             for dispatcher in ("alltoall", "allgather"):
-                check(pg, fields, dispatcher)
+                check(pg, name, dispatcher)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

@@ -1,0 +1,59 @@
+"""What the routers of the paper's Table 1 share: logits of the shards, less a penalty.
+
+Legend: n sequences, N shards.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from pikv_megatron.ops.route_topk import route_topk
+from pikv_megatron.router.base import KVRouter, RouterOptions
+
+
+class GateOptions(RouterOptions):
+    """Parameters of a router over shard logits."""
+
+    k: int = Field(2, ge=1, description="shards to visit")
+    source: Literal["relevance"] = Field(
+        "relevance", description="logits of the shards: page scores summed per shard"
+    )
+
+    needs_sketch: ClassVar[bool] = True
+
+
+class GateRouter(KVRouter):
+    """Visits the k shards of the largest logits less their penalties, in nats.
+
+    Args:
+        k: shards to visit.
+        counts: [slots, N], float32, zeros: what a router counts of each sequence and shard.
+    """
+
+    def __init__(self, k: int, counts: torch.Tensor):
+        self._k = k
+        self._counts = counts
+
+    def visit(self, ask):
+        logits = ask.shard_scores().log()
+        shards = route_topk(logits, self.penalty(self._counts[ask.slots]), self._k)
+        self.count(ask, shards)
+        return shards
+
+    def penalty(self, counts: torch.Tensor) -> torch.Tensor:
+        """[n, N], subtracted from the logits, for counts [n, N]."""
+        return torch.zeros_like(counts)
+
+    def count(self, ask, shards: torch.Tensor) -> None:
+        """Take note of the shards [n, N] that are visited."""
+
+    def release(self, slot):
+        self._counts[slot] = 0.0
+
+    def tensors(self):
+        return [self._counts]
+
+
+def new_counts(num_slots: int, num_shards: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(num_slots, num_shards, device=device)
