@@ -12,6 +12,7 @@ from pikv_megatron.router.hash import HashOptions
 from pikv_megatron.router.hierarchical import HierarchicalOptions
 from pikv_megatron.router.load_balanced import LoadBalancedOptions
 from pikv_megatron.router.registry import Router
+from pikv_megatron.router.reinforced import ReinforcedOptions
 from pikv_megatron.router.round_robin import RoundRobinOptions
 from pikv_megatron.router.top_k import TopKOptions
 from pikv_megatron.types import Directory
@@ -145,6 +146,31 @@ def test_a_cache_aware_router_leaves_shards_that_gave_nothing():
     # 0.5 / sqrt(1 + misses) falls below 0.3 with the second miss.
     assert visited == [0, 0, 1, 1, 1, 1]
     assert router.tensors()[0].tolist() == [[2.0, 0.0, 0.0]]
+
+
+def rewards(options, cost: float) -> list[float]:
+    """Of 200 queries to 6 shards; every other shard gives a fifth of what those beside it give."""
+    router, found = built(options, 1, 6), []
+    for seed in range(200):
+        ask = skewed_ask(1, 6, seed)
+        shards, mass = router.visit(ask), ask.page_scores * torch.tensor([0.1, 0.5] * 3)
+        router.learn(ask.slots, shards, mass)
+        found.append(float((shards * (mass - cost)).sum()))
+    return found
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.05, 0.1])
+def test_a_reinforced_router_earns_more_than_top_k(cost):
+    """Once it has learned, whatever fixed number of shards is compared; and more than at first."""
+    learned = rewards(ReinforcedOptions(k=3, cost=cost), cost)
+    for k in (1, 2, 3):
+        assert sum(learned[100:]) > sum(rewards(TopKOptions(k=k), cost)[100:])
+    assert sum(learned[100:]) > sum(learned[:100])
+
+
+def test_a_reinforced_router_visits_one_shard_where_none_is_worth_its_cost():
+    router = built(ReinforcedOptions(k=3, cost=1.0), 1, 6)
+    assert [int(router.visit(skewed_ask(1, 6, seed)).sum()) for seed in range(9)] == [1] * 9
 
 
 def test_a_hierarchical_router_stays_in_the_best_groups():
