@@ -85,10 +85,6 @@ class PageList(NamedTuple):
         lens: [n, m], int32, tokens of the page that are read, its first ones.
         token_mask: [n, m, S], bool, False hides a token of those; None hides none.
         logit_bias: [n, sq, np], float32, added to every logit of these pages (affine codecs).
-        notes: what an operation on the host found out about `table`, `lens` and `token_mask`, so
-            that it need not look again: lists that differ in their pools only may share it.
-        is_finite: values of hidden tokens in the pages of `table` are finite numbers, so that a
-            weight of 0 makes them harmless; without it they may be anything, NaN too.
     """
 
     pages: KVPages
@@ -96,8 +92,6 @@ class PageList(NamedTuple):
     lens: Tensor
     token_mask: Tensor | None = None
     logit_bias: Tensor | None = None
-    notes: dict | None = None
-    is_finite: bool = False
 
 
 class MeanKeySketch(NamedTuple):

@@ -88,41 +88,12 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def unpack(packed: torch.Tensor, bits: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """[..., R, r] -> [..., S, r], uint8 codes: the inverse of `pack`."""
-    rows = packed.shape[-2]
-    if out is None:
-        out = packed.new_empty(*packed.shape[:-2], rows * 8 // bits, packed.shape[-1])
     if bits == 3:
+        rows = packed.shape[-2]
         low, high = packed.split([rows // 3 * 2, rows // 3], dim=-2)
-        unpack(low, 2, out)
-        for order, plane in enumerate(out.unflatten(-2, (8, -1)).unbind(-3)):
-            # Bit `order` becomes bit 2.
-            plane |= (high >> (order - 2) if order > 2 else high << (2 - order)) & 4
-        return out
-    planes = out.unflatten(-2, (8 // bits, -1)).unbind(-3)
-    for order, plane in enumerate(planes):
-        torch.bitwise_right_shift(packed, order * bits, out=plane)
-    for plane in planes[:-1]:
-        plane &= 2**bits - 1
-    return out
-
-
-def float8_numbers(
-    codes: torch.Tensor, wide: torch.Tensor | None = None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """float8_e4m3fn codes -> float32, by integer operations: torch's conversion is slow on a CPU.
-
-    Args:
-        wide: scratch memory like codes, int16.
-        out: like codes, float32.
-
-    Example:
-        Byte 0x38 = 0 0111 000 is 1. As float16, its bits are 0 00111 0000000000, which is 2^-8: the
-        exponents are biased by 7 and by 15. 2^-8 * 256 = 1. A negative byte's sign is extended
-        before the shift, and is then in bit 14, too, where it is taken away.
-    """
-    wide = torch.empty_like(codes, dtype=torch.int16) if wide is None else wide
-    out = torch.empty_like(codes, dtype=torch.float32) if out is None else out
-    wide.copy_(codes.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    return out.copy_(wide.view(torch.float16)).mul_(256.0)
+        return unpack(low, 2) | unpack(high, 1) << 2
+    mask = 2**bits - 1
+    planes = [(packed >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.cat(planes, dim=-2)

@@ -6,7 +6,7 @@ widths, w width of what is sketched, G_k and G_v scales along tokens (keys) and 
 
 import torch
 
-from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.backend import kernel_op
 from pikv_megatron.ops.make_sketch import make_sketch
 from pikv_megatron.ops.packing import pack, quantise, quantise_float8
 from pikv_megatron.types import KVPages, PageSketch
@@ -41,7 +41,7 @@ def seal_page(
         sketch_keys: [ng, c, S, w], what is sketched; None: `keys`.
         residual: [ng, c], see `make_sketch`.
     """
-    kernel = triton_op("seal_page", keys)
+    kernel = kernel_op("seal_page", keys)
     if kernel is not None:
         return kernel(keys, values, pages, page, sketch, sketch_page, sketch_keys, residual)
     place = torch.where(page < 0, pages.keys.shape[1] - 1, page)
