@@ -131,4 +131,4 @@ class PageCodec:
         if self.pooled == 1:
             return sealed
         assert sealed.token_mask is None, "pooled tokens are hidden together only"
-        return sealed._replace(lens=sealed.lens // self.pooled, notes=None)
+        return sealed._replace(lens=sealed.lens // self.pooled)
