@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from pikv_megatron.codec.transform.moments import KVMoments
 from pikv_megatron.layer_options import LayerOptions
 from pikv_megatron.types import KVShape
 
@@ -29,6 +30,7 @@ class LayerSpec(NamedTuple):
         num_heads: np, query heads.
         softmax_scale: factor on the logits.
         options: what is chosen for this layer.
+        moments: of its keys and values, where they were calibrated.
     """
 
     number: int
@@ -36,3 +38,4 @@ class LayerSpec(NamedTuple):
     num_heads: int
     softmax_scale: float
     options: LayerOptions
+    moments: KVMoments | None = None

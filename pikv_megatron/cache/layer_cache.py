@@ -4,6 +4,8 @@ Legend: t tokens of this home rank's step, n decoding rows, np query heads, ng K
 widths of keys and values, G ranks.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from pikv_megatron.cache.directory import PageDirectory
@@ -35,6 +37,9 @@ class LayerCache:
         dispatcher: brings queries and tokens to the owners.
         placement: the shard of a token.
         num_slots: sequences of this home rank.
+
+    Attributes:
+        on_attend: told of every step's query, key and value; None: nobody asks.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class LayerCache:
         self.selector = spec.options.selector.build()
         self._dispatcher = dispatcher
         self._placement = placement
+        self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self._chunk: tuple[torch.Tensor, torch.Tensor] | None = None
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last_lse = None
@@ -73,6 +79,8 @@ class LayerCache:
         Returns:
             [t, np, w_v].
         """
+        if self.on_attend is not None:
+            self.on_attend(query, key, value)
         self.hold(key, value, plan)
         first = plan.decode.num_rows
         parts = []

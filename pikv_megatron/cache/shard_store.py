@@ -35,6 +35,8 @@ class ShardStore:
 
     Attributes:
         on_read: told of every list of pages that queries read; None: nobody asks.
+        on_seal: told of the keys, values, page numbers and sequences of pages that were sealed;
+            None: nobody asks.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class ShardStore:
         self._budget = options.budget
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
-        self._codec = options.codec.build(kv, page_size, num_slots)
+        self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
         self.pool = PagePool(self._codec, page_size, has_replicas, kv.device)
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
@@ -64,6 +66,7 @@ class ShardStore:
         # What is read where nothing is left out changes with a flush only.
         self._lists: dict[tuple, PageList] = {}
         self.on_read: Callable[[PageList], None] | None = None
+        self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
 
     def reserve(self, num_pages: int) -> None:
         """See that `num_pages` pages are free before any token is computed."""
@@ -184,6 +187,12 @@ class ShardStore:
         sealed = self.pool.position[self.table.pages_of(slot)].reshape(-1)
         return torch.cat([sealed, *open_parts])
 
+    def restore(
+        self, pages: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [ng, c, S, w] that pages [c] of the sequences `slots` [c] stand for."""
+        return self._codec.restore(self.pool.kv, pages, slots)
+
     def check_integrity(self) -> None:
         """Every page is free or in exactly one table, and the counts agree."""
         used = [self.table.pages_of(slot) for slot in range(self.num_slots)]
@@ -225,6 +234,9 @@ class ShardStore:
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, *tokens)
         self._codec.seal(*tokens, self.pool.kv, pages, slots)
+        if self.on_seal is not None:
+            real = admission.is_page.nonzero().squeeze(1)
+            self.on_seal(*(x[:, real] for x in tokens), pages[real], slots[real])
 
     def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
         is_page = self.table.is_page(slots, num_columns)

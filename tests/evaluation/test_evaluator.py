@@ -114,6 +114,14 @@ def test_what_is_lost_shows(evaluations):
     assert evaluations["half"].allocated_bytes < whole
 
 
+def test_what_codecs_lose_is_measured_by_layer_and_head(evaluations):
+    assert torch.tensor(evaluations["lossless"].errors).abs().max() == 0
+    errors = torch.tensor(evaluations["four_bits"].errors)
+    assert errors.shape == (2, 2, 2) and (errors > 0.005).all() and (errors < 0.15).all()
+    sizes = [evaluations[name].token_bytes for name in ("lossless", "four_bits")]
+    assert sizes[1] < sizes[0] / 2.8
+
+
 def test_the_reference_keeps_the_sizes_and_loses_nothing():
     pikv = PiKVConfig(
         page_size=16, retention="h2o", codec=dict(format="int8"), selector="mass",
