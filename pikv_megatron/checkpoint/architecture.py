@@ -5,8 +5,9 @@ from typing import Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from pikv_megatron.checkpoint.families.registry import FAMILIES
 from pikv_megatron.checkpoint.rotary import RotaryScaling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,7 +22,7 @@ class Architecture(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    family: Literal["mixtral", "qwen3_moe", "olmoe"] = "mixtral"
+    family: str = "mixtral"
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -37,6 +38,8 @@ class Architecture(BaseModel):
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     qk_layernorm: Literal["none", "head", "projection"] = "none"
     clip_qkv: float | None = Field(default=None, gt=0)
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
     rotary_base: float = Field(default=10000.0, gt=1)
     rotary_scaling: RotaryScaling | None = None
     vocab_size: PositiveInt
@@ -68,6 +71,13 @@ class Architecture(BaseModel):
     def is_moe_layer(self) -> list[bool]:
         """For every layer, whether it has experts or one dense block."""
         return [layer not in self.dense_layers for layer in range(self.num_layers)]
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, name: str) -> str:
+        if name not in FAMILIES:
+            raise ValueError(f"family = {name!r} is not known, only {', '.join(FAMILIES)} are")
+        return name
 
     @model_validator(mode="after")
     def _check(self) -> "Architecture":

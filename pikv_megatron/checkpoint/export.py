@@ -40,6 +40,9 @@ def save_huggingface(
     dtype_names = {value: name for name, value in DTYPES.items()}
     if dtype not in dtype_names:
         raise ValueError(f"dtype {dtype} is not supported, only {', '.join(DTYPES)} are")
+    # A directory's output layer may be another one than its config.json says.
+    tied = model.share_embeddings_and_output_weights
+    architecture = architecture.model_copy(update={"tie_embeddings": tied})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_config(architecture, directory, dtype_names[dtype])

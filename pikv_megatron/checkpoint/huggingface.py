@@ -7,12 +7,15 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.model_builder import SpecTransform, build_model, identity
-from pikv_megatron.checkpoint.name_table import Slot, global_name, name_table
+from pikv_megatron.checkpoint.name_table import Slot, Source, global_name, name_table
 from pikv_megatron.checkpoint.tensor_reader import TensorReader
 
 Progress = Callable[[int, int, str], None]
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+ROWS_COMPARED = 4096  # at a time
 RECOMPUTED = (".rotary_emb.inv_freq",)  # older releases saved these buffers
 
 
@@ -36,11 +39,14 @@ def load_huggingface(
         progress: called with (parameters done, parameters of this rank, name) after each.
 
     Raises:
-        ValueError: an unsupported architecture, or a missing, cut or misshapen tensor.
+        ValueError: an unsupported architecture, or a missing, cut or misshapen tensor, or one that
+            holds NaN.
     """
-    architecture = read_architecture(directory)
-    table, reader = name_table(architecture), TensorReader(directory)
-    ignored = RECOMPUTED + (("lm_head.weight",) if architecture.tie_embeddings else ())
+    architecture, reader = read_architecture(directory), TensorReader(directory)
+    if architecture.tie_embeddings and not _is_tied(reader, architecture):
+        architecture = architecture.model_copy(update={"tie_embeddings": False})
+    table = name_table(architecture)
+    ignored = RECOMPUTED + ((OUTPUT,) if architecture.tie_embeddings else ())
     reader.check([source for slot in table.values() for source in slot.sources], ignored)
     model = build_model(
         architecture,
@@ -51,6 +57,17 @@ def load_huggingface(
     )
     _fill(model, table, reader, pg_collection, progress)
     return model
+
+
+def _is_tied(reader: TensorReader, architecture: Architecture) -> bool:
+    """Whether the output layer is the embedding: a file that holds another one means that one."""
+    if OUTPUT not in reader.file_of:
+        return True
+    shape = architecture.vocab_size, architecture.hidden_size
+    pair = [Source(name, shape) for name in (EMBEDDING, OUTPUT)]
+    reader.check_sources(pair)
+    spans = [(row, min(row + ROWS_COMPARED, shape[0])) for row in range(0, shape[0], ROWS_COMPARED)]
+    return all(torch.equal(*(reader.read(source, 0, *span) for source in pair)) for span in spans)
 
 
 @torch.no_grad()
@@ -70,9 +87,17 @@ def _fill(
         if slot is None:
             raise ValueError(f"{reader.directory}: no tensor there fills the parameter {name}")
         group = pg_collection.expt_tp if ".local_experts." in name else pg_collection.tp
-        _assign(parameter, _read_slot(reader, slot, group.rank(), group.size()), name)
+        value = _read_slot(reader, slot, group.rank(), group.size())
+        if value.numel() and value.amax().isnan():
+            raise ValueError(f"{_files(reader, slot)} hold NaN: the checkpoint is broken")
+        _assign(parameter, value, name)
         if progress is not None:
             progress(done, len(parameters), name)
+
+
+def _files(reader: TensorReader, slot: Slot) -> str:
+    names = [reader.spelling(source) for source in slot.sources]
+    return ", ".join(f"{reader.file_of[name]}: tensor {name}" for name in names)
 
 
 def _read_slot(reader: TensorReader, slot: Slot, rank: int, size: int) -> torch.Tensor:

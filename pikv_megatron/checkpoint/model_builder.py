@@ -76,6 +76,7 @@ def transformer_config(
         layernorm_epsilon=architecture.layernorm_epsilon,
         qk_layernorm=architecture.qk_layernorm != "none",
         clip_qkv=architecture.clip_qkv,
+        add_qkv_bias=architecture.qkv_bias,
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
@@ -173,12 +174,13 @@ def _yarn_fields(architecture: Architecture) -> dict[str, Any]:
     scaling = architecture.rotary_scaling
     if scaling is None or scaling.kind != "yarn":
         return {}
+    mscale, mscale_all_dim = scaling.mscales()
     return dict(
         yarn_rotary_scaling_factor=scaling.factor,
         yarn_original_max_position_embeddings=scaling.original_max_positions,
         yarn_beta_fast=scaling.beta_fast,
         yarn_beta_slow=scaling.beta_slow,
-        yarn_mscale=scaling.mscale,
-        yarn_mscale_all_dim=scaling.mscale_all_dim,
+        yarn_mscale=mscale,
+        yarn_mscale_all_dim=mscale_all_dim,
         yarn_correction_range_round_to_int=scaling.round_correction_range,
     )

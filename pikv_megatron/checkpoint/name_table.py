@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.families.registry import FAMILIES
 
 # TransformerEngine fuses a norm into the linear layer behind it and renames its weight.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-EXPERT_NAMES = {"mixtral": ("w1", "w3", "w2")}
-DEFAULT_EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -123,6 +122,14 @@ def _attention_slots(a: Architecture, prefix: str) -> Iterator[tuple[str, Slot]]
     yield "self_attention.linear_qkv.weight", Slot(qkv, tp_axis=0, group_dim=hn)
     projection = _plain(attention + "o_proj.weight", (h, q_rows), 1)
     yield "self_attention.linear_proj.weight", projection
+    if a.qkv_bias:
+        biases = tuple(
+            Source(f"{attention}{letter}_proj.bias", (rows,))
+            for letter, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
+        )
+        yield "self_attention.linear_qkv.bias", Slot(biases, tp_axis=0, group_dim=hn)
+    if a.attention_output_bias:
+        yield "self_attention.linear_proj.bias", _plain(attention + "o_proj.bias", (h,))
     if a.qk_layernorm != "none":
         whole = a.qk_layernorm == "projection"
         for letter, rows in (("q", q_rows), ("k", kv_rows)):
@@ -140,12 +147,13 @@ def _dense_slots(a: Architecture, layer: int) -> Iterator[tuple[str, Slot]]:
 
 
 def _moe_slots(a: Architecture, layer: int) -> Iterator[tuple[str, Slot]]:
-    prefix, shape = f"model.layers.{layer}.", (a.num_experts, a.hidden_size)
-    block = prefix + ("block_sparse_moe." if a.family == "mixtral" else "mlp.")
-    gate = Source(block + "gate.weight", shape, prefix + "mlp.gate.weight", shape)
+    names, prefix = FAMILIES[a.family].names, f"model.layers.{layer}."
+    block, newer = prefix + names.block, prefix + "mlp."
+    shape = (a.num_experts, a.hidden_size)
+    gate = Source(block + names.router[0], shape, newer + names.router[1], shape)
     yield "mlp.router.weight", Slot((gate,))
     for expert in range(a.num_experts):
-        gate_up, down = _expert_sources(a, f"{block}experts.", f"{prefix}mlp.experts.", expert)
+        gate_up, down = _expert_sources(a, f"{block}experts.", f"{newer}experts.", expert)
         name = f"mlp.experts.local_experts.{expert}."
         yield name + "linear_fc1.weight", Slot(gate_up, tp_axis=0)
         yield name + "linear_fc2.weight", Slot((down,), tp_axis=1)
@@ -155,8 +163,8 @@ def _expert_sources(
     a: Architecture, block: str, fused_block: str, expert: int
 ) -> tuple[tuple[Source, Source], Source]:
     e, h, f = a.num_experts, a.hidden_size, a.moe_ffn_hidden_size
-    names = EXPERT_NAMES.get(a.family, DEFAULT_EXPERT_NAMES)
-    gate, up, down = (f"{block}{expert}.{name}.weight" for name in names)
+    names = FAMILIES[a.family].names
+    gate, up, down = (f"{block}{expert}.{name}.weight" for name in names.expert)
     fused, fused_shape = fused_block + "gate_up_proj", (e, 2 * f, h)
     gate_up = (
         Source(gate, (f, h), fused, fused_shape, expert),

@@ -1,16 +1,19 @@
 """Reads slices of tensors from the safetensors files of a Hugging Face directory."""
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pikv_megatron.checkpoint.huggingface_config import read_json
+from pikv_megatron.checkpoint.json_file import read_json
 from pikv_megatron.checkpoint.name_table import Source
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -37,6 +40,14 @@ class TensorReader:
         for name, path in self.file_of.items():
             if name not in known and not name.endswith(ignored_suffixes):
                 raise ValueError(f"{path}: tensor {name} belongs to no part of this architecture")
+        self.check_sources(sources)
+
+    def check_sources(self, sources: Iterable[Source]) -> None:
+        """Check that every source is there in its shape.
+
+        Raises:
+            ValueError: naming the file and the tensor.
+        """
         for source in sources:
             self._check_source(source)
 
@@ -47,7 +58,7 @@ class TensorReader:
         index = [slice(0, size) for size in source.shape]
         if axis is not None:
             index[axis] = slice(start, stop)
-        name = self._spelling(source)
+        name = self.spelling(source)
         if name != source.name and source.expert is not None:
             rows = index[0]
             index[0] = slice(source.first_row + rows.start, source.first_row + rows.stop)
@@ -55,7 +66,7 @@ class TensorReader:
         return self._slice(name)[tuple(index)]
 
     def _check_source(self, source: Source) -> None:
-        name = self._spelling(source)
+        name = self.spelling(source)
         tensor, path = self._slice(name), self.file_of[name]
         expected = source.shape if name == source.name else source.other_shape
         if tuple(tensor.get_shape()) != expected:
@@ -66,7 +77,12 @@ class TensorReader:
         if tensor.get_dtype() not in FLOATS:
             raise ValueError(f"{path}: tensor {name} has type {tensor.get_dtype()}, not a float")
 
-    def _spelling(self, source: Source) -> str:
+    def spelling(self, source: Source) -> str:
+        """The name under which a source is there.
+
+        Raises:
+            ValueError: it is not.
+        """
         for name in (source.name, source.other_name):
             if name in self.file_of:
                 return name
@@ -84,8 +100,37 @@ class TensorReader:
         if (self.directory / INDEX).is_file():
             return self._read_index(self.directory / INDEX)
         single = self.directory / SINGLE
-        if single.is_file():
-            return {name: single for name in self._open(single, None).keys()}
+        files = [single] if single.is_file() else self._shards()
+        found: dict[str, Path] = {}
+        for path in files:
+            for name in self._open(path, None).keys():
+                if name in found:
+                    raise ValueError(
+                        f"{path}: tensor {name} is in {found[name].name}, too, and no {INDEX} "
+                        "says which one counts"
+                    )
+                found[name] = path
+        return found
+
+    def _shards(self) -> list[Path]:
+        """Files without an index: those named as shards, or all that there are.
+
+        Raises:
+            ValueError: there is none, or one of a numbered set is missing.
+        """
+        every = sorted(self.directory.glob("*.safetensors"))
+        numbered = {path: SHARD.fullmatch(path.name) for path in every}
+        shards = [path for path, match in numbered.items() if match]
+        if shards:
+            counts = {numbered[path][2] for path in shards}
+            if len(shards) not in map(int, counts):
+                raise ValueError(
+                    f"{self.directory}: found {len(shards)} of {' or '.join(sorted(counts))} "
+                    "shards of the model, and no index file"
+                )
+            return shards
+        if every:
+            return every
         pickles = [p.name for p in self.directory.glob("*") if p.suffix in PICKLES]
         found = ", ".join(sorted(pickles)) or "no weights"
         raise ValueError(

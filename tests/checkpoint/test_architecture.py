@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import LLAMA3, YARN, mixtral, olmoe, qwen3_moe
-from transformers import AutoConfig
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor,
+)
+from transformers import AutoConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.config_writer import write_config
@@ -86,14 +89,64 @@ def test_sliding_window_as_wide_as_the_context_changes_nothing(tmp_path):
     assert read(tmp_path, "qwen3", sliding_window=4, use_sliding_window=False)
 
 
+def test_what_a_file_leaves_out_is_the_familys_default(tmp_path):
+    names = {"mixtral": MixtralConfig, "qwen3": Qwen3MoeConfig, "olmoe": OlmoeConfig}
+    for family, config_class in names.items():
+        config = config_class()
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": config.model_type}))
+        empty = read_architecture(tmp_path)
+        fields = {
+            "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_query_groups": config.num_key_value_heads, "vocab_size": config.vocab_size,
+            "moe_router_topk": config.num_experts_per_tok, "num_experts": config.num_experts,
+            "layernorm_epsilon": config.rms_norm_eps,
+            "max_sequence_length": config.max_position_embeddings,
+            "rotary_base": config.rope_parameters["rope_theta"],
+            "eos_ids": () if config.eos_token_id is None else (config.eos_token_id,),
+        }
+        assert {name: getattr(empty, name) for name in fields} == fields, family
+
+
+def test_a_file_as_people_have_it(tmp_path):
+    plain = read(tmp_path, "mixtral")
+    inert = {"clip_qkv": 8.0, "norm_topk_prob": False, "attention_bias": True}  # of other families
+    assert read(tmp_path, "mixtral", **inert) == plain
+    assert read(tmp_path, "mixtral", ("architectures",)) == plain
+    half = read(tmp_path, "mixtral", ("dtype", "torch_dtype"), torch_dtype="torch.bfloat16")
+    assert half.dtype == "bfloat16"
+    assert read(tmp_path, "qwen3", ("rms_norm_eps",)).layernorm_epsilon == 1e-6
+    biased = read(tmp_path, "qwen3", attention_bias=True)
+    assert biased.qkv_bias and biased.attention_output_bias
+
+
+def test_yarns_factor_may_be_the_checkpoints_own(tmp_path):
+    parameters = YARN | {"attention_factor": 1.7}
+    scaling = read(tmp_path, "mixtral", rope_parameters=parameters).rotary_scaling
+    assert scaling.attention_factor == 1.7
+    assert _yarn_get_concentration_factor(4.0, *scaling.mscales()) == pytest.approx(1.7)
+
+
 @pytest.mark.parametrize(
     "family, changes, message",
     [
         ("mixtral", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*Mixtral.*Olmoe"),
-        ("mixtral", {"architectures": None}, "architectures"),
+        ("mixtral", {"architectures": None, "model_type": "llama"}, "model_type = llama.*Mixtral"),
         ("mixtral", {"sliding_window": 128}, "sliding_window = 128"),
         ("qwen3", {"sliding_window": 16, "use_sliding_window": True}, "sliding_window = 16"),
-        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("qwen3", {"attention_bias": "yes"}, "attention_bias = 'yes'"),
+        ("qwen3", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+        ("qwen3", {"decoder_sparse_step": None}, "decoder_sparse_step is missing"),
+        ("qwen3", {"mlp_only_layers": 1}, "mlp_only_layers = 1"),
+        ("mixtral", {"num_hidden_layers": "3"}, "num_hidden_layers = '3'"),
+        ("mixtral", {"vocab_size": 9.5}, "vocab_size = 9.5"),
+        ("mixtral", {"rms_norm_eps": "small"}, "rms_norm_eps = 'small'"),
+        ("mixtral", {"rope_parameters": 3}, "rope_parameters = 3"),
+        ("mixtral", {"eos_token_id": "</s>"}, "eos_token_id = '</s>'"),
+        ("mixtral", {"eos_token_id": [2, None]}, r"eos_token_id = \[2, None\]"),
+        ("mixtral", {"eos_token_id": -1}, "eos_token_id = -1"),
+        ("mixtral", {"bos_token_id": "<s>"}, "bos_token_id = '<s>'"),
+        ("olmoe", {"head_dim": 16}, "head_dim = 16"),
         ("olmoe", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("olmoe", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("olmoe", {"dtype": "float8"}, "dtype = 'float8'"),
@@ -104,7 +157,6 @@ def test_sliding_window_as_wide_as_the_context_changes_nothing(tmp_path):
         ("mixtral", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
         ("mixtral", {"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
         ("mixtral", {"rope_parameters": LLAMA3 | {"low_freq_factor": 2}}, "low_freq_factor = 2"),
-        ("mixtral", {"rope_parameters": YARN | {"attention_factor": 3}}, "attention_factor = 3"),
         ("mixtral", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )
@@ -127,6 +179,7 @@ SCALINGS = st.none() | st.builds(
     RotaryScaling, kind=st.just("yarn"), factor=st.floats(1.0, 16.0),
     original_max_positions=st.integers(32, 4096), beta_fast=st.floats(8, 64),
     mscale=st.just(0.7), mscale_all_dim=st.just(1.2),
+    attention_factor=st.none() | st.floats(0.5, 2.0),
 )
 COMMON = dict(
     num_layers=st.just(4), hidden_size=st.just(32), num_attention_heads=st.just(4),
@@ -137,6 +190,7 @@ COMMON = dict(
     bos_id=st.none() | st.integers(0, 9), eos_ids=st.lists(st.integers(0, 9)).map(tuple),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
 )
+BIASES = ("qkv_bias", "attention_output_bias")
 ARCHITECTURES = st.one_of(
     st.builds(
         Architecture, family=st.just("mixtral"), kv_channels=st.none() | st.just(16), **COMMON
@@ -145,7 +199,7 @@ ARCHITECTURES = st.one_of(
         Architecture, family=st.just("qwen3_moe"), qk_layernorm=st.just("head"),
         dense_layers=st.just((1, 3)), ffn_hidden_size=st.just(40),
         moe_router_pre_softmax=st.booleans(), **COMMON,
-    ),
+    ).map(lambda a: a.model_copy(update=dict.fromkeys(BIASES, bool(a.num_experts % 2)))),
     st.builds(
         Architecture, family=st.just("olmoe"), qk_layernorm=st.just("projection"),
         clip_qkv=st.none() | st.just(8.0), moe_router_pre_softmax=st.booleans(), **COMMON,

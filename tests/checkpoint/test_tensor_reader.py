@@ -138,6 +138,32 @@ def test_index_that_names_a_file_elsewhere(sharded):
     assert EXPERT in load_error(sharded)
 
 
+def test_shards_without_an_index(saved, sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    (sharded / "consolidated.safetensors").touch()  # somebody else's, and no shard
+    whole, reader = load_file(saved / "single" / "model.safetensors"), TensorReader(sharded)
+    assert set(reader.file_of) == set(whole)
+    path = shard_of(saved / "sharded", EXPERT)
+    (sharded / path.name).unlink()
+    assert "shards of the model, and no index file" in load_error(sharded)
+
+
+def test_files_of_any_name_without_an_index(single):
+    tensors = load_file(single / "model.safetensors")
+    (single / "model.safetensors").unlink()
+    save_file({TENSOR: tensors.pop(TENSOR)}, single / "a.safetensors")
+    save_file(tensors, single / "b.safetensors")
+    assert TensorReader(single).file_of.keys() == tensors.keys() | {TENSOR}
+    save_file(tensors, single / "c.safetensors")
+    assert "c.safetensors" in load_error(single) and "b.safetensors" in load_error(single)
+
+
+def test_not_a_number_is_found_while_loading(single, one_rank):
+    change(single, lambda tensors: tensors[EXPERT].view(-1).__setitem__(7, float("nan")))
+    with pytest.raises(ValueError, match=f"model.safetensors: tensor {EXPERT} hold NaN"):
+        load_huggingface(single, one_rank)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}'])
 def test_broken_index(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)

@@ -66,6 +66,9 @@ def save_all(root: Path) -> dict[str, torch.Tensor]:
         "qwen3_fused_yarn": (qwen3_moe(rope_parameters=YARN), dict(save_original_format=False)),
         "olmoe_sharded_linear": (olmoe(rope_parameters=LINEAR), dict(max_shard_size="50KB")),
         "olmoe_clipped": (olmoe(clip_qkv=0.5, norm_topk_prob=True), {}),
+        "qwen3_biased_yarn": (
+            qwen3_moe(attention_bias=True, rope_parameters=YARN | {"attention_factor": 1.4}), {}
+        ),
     }
     for name, (model, options) in saved.items():
         model.save_pretrained(root / name, **options)
@@ -86,8 +89,10 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 def _model(model_class: type, config_class: type, changes: dict, **sizes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model = model_class(config_class(**SIZES | sizes | changes)).eval()
-    with torch.no_grad():  # norms start as ones, which would hide a norm put in the wrong place
+    with torch.no_grad():  # ones and zeros would hide a norm or a bias put in the wrong place
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            if name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     return model

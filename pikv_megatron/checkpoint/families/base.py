@@ -1,0 +1,107 @@
+"""A family of Hugging Face models: how its `config.json` is read, and how its tensors are named."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pikv_megatron.checkpoint.families.fields import ConfigFields
+
+if TYPE_CHECKING:
+    from pikv_megatron.checkpoint.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """Names behind `model.layers.N.`, each as released and as newer releases may write it.
+
+    Attributes:
+        block: prefix of an MoE layer's tensors as released; newer ones write `mlp.`.
+        router: the router's weight, behind `block` and behind `mlp.`.
+        expert_bias: what is added to the scores that experts are chosen by, likewise.
+        shared: prefix of the shared experts, likewise.
+        expert: an expert's gate, up and down projections.
+    """
+
+    block: str = "mlp."
+    router: tuple[str, str] = ("gate.weight", "gate.weight")
+    expert_bias: tuple[str, str] = ("", "")
+    shared: tuple[str, str] = ("shared_experts.", "shared_experts.")
+    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+class Family:
+    """What a `config.json` means. One file a family; the methods give fields of `Architecture`.
+
+    Attributes:
+        name: `model_type`.
+        class_name: of the model, in `architectures`.
+        defaults: of fields that a file may leave out, as transformers fills them in.
+        rotary_base: where neither of a file's spellings gives it.
+        has_partial_rotary: whether the family rotates a part of each head.
+        names: of its tensors.
+    """
+
+    name: ClassVar[str]
+    class_name: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]]
+    rotary_base: ClassVar[float] = 1e4
+    has_partial_rotary: ClassVar[bool] = False
+    names: ClassVar[TensorNames] = TensorNames()
+
+    def attention(self, fields: ConfigFields) -> dict[str, Any]:
+        """Norms, biases and clipping of queries, keys and values."""
+        raise NotImplementedError
+
+    def experts(self, fields: ConfigFields) -> dict[str, Any]:
+        """The router, the experts and the dense layers."""
+        raise NotImplementedError
+
+    def refuse_unsupported(self, fields: ConfigFields) -> None:
+        """Look for what this family alone can ask for.
+
+        Raises:
+            ValueError: naming it.
+        """
+
+    def write(self, architecture: "Architecture") -> dict[str, Any]:
+        """Fields of `config.json` that are this family's own."""
+        raise NotImplementedError
+
+
+def attention_biases(fields: ConfigFields) -> dict[str, bool]:
+    """One field for the biases of all four projections."""
+    has_bias = fields.flag("attention_bias")
+    return {"qkv_bias": has_bias, "attention_output_bias": has_bias}
+
+
+def softmax_router(fields: ConfigFields) -> dict[str, Any]:
+    """A softmax over the chosen experts, or over all of them."""
+    return {
+        "moe_router_topk": fields.integer("num_experts_per_tok"),
+        "moe_router_pre_softmax": not fields.flag("norm_topk_prob"),
+    }
+
+
+def refuse_window(fields: ConfigFields) -> None:
+    """A window as wide as the context changes nothing.
+
+    Raises:
+        ValueError: a narrower one.
+    """
+    window, longest = fields.get("sliding_window"), fields.integer("max_position_embeddings")
+    if window is not None and fields.integer("sliding_window") < longest:
+        raise ValueError(
+            f"sliding_window = {window} is not supported for this family: set it to null, or "
+            "lower max_position_embeddings to it"
+        )
+
+
+def stepped_dense_layers(fields: ConfigFields) -> dict[str, Any]:
+    """Dense layers that are listed, or lie between every n-th one."""
+    step, listed = fields.integer("decoder_sparse_step"), fields.integers("mlp_only_layers")
+    layers = range(fields.integer("num_hidden_layers"))
+    dense = tuple(layer for layer in layers if layer in listed or (layer + 1) % step)
+    return {
+        "dense_layers": dense,
+        "ffn_hidden_size": fields.integer("intermediate_size") if dense else None,
+    }
