@@ -31,7 +31,14 @@ class Architecture(BaseModel):
     num_experts: PositiveInt
     moe_router_topk: PositiveInt = 2
     moe_router_pre_softmax: bool = False
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_expert_bias: bool = False
+    moe_router_num_groups: PositiveInt | None = None
+    moe_router_group_topk: PositiveInt | None = None
+    moe_router_topk_scaling_factor: float | None = Field(default=None, gt=0)
     moe_ffn_hidden_size: PositiveInt
+    moe_shared_expert_intermediate_size: PositiveInt | None = None
+    moe_shared_expert_gate: bool = False
     dense_layers: tuple[int, ...] = ()
     ffn_hidden_size: PositiveInt | None = None
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
@@ -41,6 +48,7 @@ class Architecture(BaseModel):
     qkv_bias: bool = False
     attention_output_bias: bool = False
     rotary_base: float = Field(default=10000.0, gt=1)
+    rotary_percent: float = Field(default=1.0, gt=0, le=1)
     rotary_scaling: RotaryScaling | None = None
     vocab_size: PositiveInt
     max_sequence_length: PositiveInt
@@ -100,16 +108,32 @@ class Architecture(BaseModel):
         if self.clip_qkv is not None and self.qk_layernorm != "projection":
             raise ValueError(f"clip_qkv = {self.clip_qkv} needs qk_layernorm = 'projection'")
 
+    @property
+    def _is_softmax_of_chosen(self) -> bool:
+        return self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax
+
     def _check_experts(self) -> None:
         if self.moe_router_topk > self.num_experts:
             raise ValueError(
                 f"moe_router_topk {self.moe_router_topk} exceeds num_experts {self.num_experts}"
             )
-        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+        if self.moe_router_topk == 1 and self._is_softmax_of_chosen:
             raise ValueError(
                 "moe_router_topk = 1 needs moe_router_pre_softmax = true: a softmax over one "
                 "expert is constant"
             )
+        if self.moe_router_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                "moe_router_expert_bias needs moe_router_score_function = 'sigmoid'"
+            )
+        groups, chosen = self.moe_router_num_groups, self.moe_router_group_topk
+        if (groups is None) != (chosen is None) or self.num_experts % (groups or 1):
+            raise ValueError(
+                f"moe_router_num_groups {groups} must divide num_experts {self.num_experts}, and "
+                f"needs moe_router_group_topk, which is {chosen}"
+            )
+        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
+            raise ValueError("moe_shared_expert_gate needs moe_shared_expert_intermediate_size")
         outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
         if outside:
             raise ValueError(f"dense_layers {outside} are not among {self.num_layers} layers")

@@ -62,6 +62,8 @@ def _check_readable(architecture: Architecture, config: dict[str, Any]) -> None:
 def _rope_parameters(architecture: Architecture) -> dict[str, Any]:
     scaling = architecture.rotary_scaling
     theta = {"rope_theta": architecture.rotary_base}
+    if FAMILIES[architecture.family].has_partial_rotary:
+        theta["partial_rotary_factor"] = architecture.rotary_percent
     if scaling is None:
         return theta | {"rope_type": "default"}
     named = theta | {"rope_type": scaling.kind, "factor": scaling.factor}

@@ -1,5 +1,6 @@
 """Loads a Hugging Face directory straight into an expert-sharded Megatron-Core model."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,15 +9,23 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.families.registry import FAMILIES
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.model_builder import SpecTransform, build_model, identity
-from pikv_megatron.checkpoint.name_table import Slot, Source, global_name, name_table
+from pikv_megatron.checkpoint.name_table import (
+    Slot,
+    Source,
+    global_name,
+    name_table,
+    named_tensors,
+)
 from pikv_megatron.checkpoint.tensor_reader import TensorReader
 
 Progress = Callable[[int, int, str], None]
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 ROWS_COMPARED = 4096  # at a time
-RECOMPUTED = (".rotary_emb.inv_freq",)  # older releases saved these buffers
+RECOMPUTED = ".rotary_emb.inv_freq"  # older releases saved these buffers
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def load_huggingface(
@@ -46,8 +55,8 @@ def load_huggingface(
     if architecture.tie_embeddings and not _is_tied(reader, architecture):
         architecture = architecture.model_copy(update={"tie_embeddings": False})
     table = name_table(architecture)
-    ignored = RECOMPUTED + ((OUTPUT,) if architecture.tie_embeddings else ())
-    reader.check([source for slot in table.values() for source in slot.sources], ignored)
+    sources = [source for slot in table.values() for source in slot.sources]
+    reader.check(sources, lambda name: _is_left_out(name, architecture))
     model = build_model(
         architecture,
         pg_collection,
@@ -59,9 +68,18 @@ def load_huggingface(
     return model
 
 
+def _is_left_out(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor that fills nothing may be there."""
+    if name == OUTPUT or name.endswith(RECOMPUTED):
+        return True
+    layer = LAYER.match(name)
+    is_behind = layer is not None and int(layer[1]) >= architecture.num_layers
+    return is_behind and FAMILIES[architecture.family].has_prediction_layers
+
+
 def _is_tied(reader: TensorReader, architecture: Architecture) -> bool:
     """Whether the output layer is the embedding: a file that holds another one means that one."""
-    if OUTPUT not in reader.file_of:
+    if not reader.has(OUTPUT):
         return True
     shape = architecture.vocab_size, architecture.hidden_size
     pair = [Source(name, shape) for name in (EMBEDDING, OUTPUT)]
@@ -78,7 +96,7 @@ def _fill(
     pg_collection: ProcessGroupCollection,
     progress: Progress | None,
 ) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = named_tensors(model)
     first_expert = pg_collection.ep.rank() * (
         model.config.num_moe_experts // pg_collection.ep.size()
     )
@@ -89,15 +107,11 @@ def _fill(
         group = pg_collection.expt_tp if ".local_experts." in name else pg_collection.tp
         value = _read_slot(reader, slot, group.rank(), group.size())
         if value.numel() and value.amax().isnan():
-            raise ValueError(f"{_files(reader, slot)} hold NaN: the checkpoint is broken")
+            places = ", ".join(reader.place(source) for source in slot.sources)
+            raise ValueError(f"{places}: NaN, the checkpoint is broken")
         _assign(parameter, value, name)
         if progress is not None:
             progress(done, len(parameters), name)
-
-
-def _files(reader: TensorReader, slot: Slot) -> str:
-    names = [reader.spelling(source) for source in slot.sources]
-    return ", ".join(f"{reader.file_of[name]}: tensor {name}" for name in names)
 
 
 def _read_slot(reader: TensorReader, slot: Slot, rank: int, size: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pikv_megatron.checkpoint.families.base import Family
 from pikv_megatron.checkpoint.families.fields import ConfigFields
 from pikv_megatron.checkpoint.families.registry import FAMILIES
 from pikv_megatron.checkpoint.json_file import read_json, token_id, token_ids
+from pikv_megatron.checkpoint.quantized import weight_block_size
 from pikv_megatron.checkpoint.rotary import rotary_scaling
 
 CONFIG = "config.json"
@@ -81,13 +82,24 @@ def _rotary(fields: ConfigFields, family: Family) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters = {rope!r}: expected keys and values")
     base = rope.get("rope_theta") or fields.get("rope_theta") or family.rotary_base
-    scaling = rotary_scaling(rope, fields.integer("max_position_embeddings"))
-    return {"rotary_base": base, "rotary_scaling": scaling}
+    scaling = rotary_scaling(
+        rope, fields.integer("max_position_embeddings"), family.has_partial_rotary
+    )
+    percent = _rotary_percent(fields, rope) if family.has_partial_rotary else 1.0
+    return {"rotary_base": base, "rotary_percent": percent, "rotary_scaling": scaling}
+
+
+def _rotary_percent(fields: ConfigFields, rope: dict[str, Any]) -> float:
+    """Under its newer name, its older one, or as a number of channels."""
+    for field in ("partial_rotary_factor", "rotary_dim"):
+        value = rope.get(field, fields.get(field))
+        if value is not None:
+            return value / fields.integer("head_dim") if field == "rotary_dim" else value
+    return 1.0
 
 
 def _refuse_unsupported(fields: ConfigFields, family: Family) -> None:
-    if fields.get("quantization_config") is not None:
-        raise ValueError("quantization_config is not supported: give the unquantised checkpoint")
+    weight_block_size({"quantization_config": fields.get("quantization_config")})
     fields.refuse("hidden_act", "silu", "only 'silu' is")
     family.refuse_unsupported(fields)
 

@@ -18,6 +18,10 @@ from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
 
 __all__ = ["GPTConfig", "build_model", "identity", "layer_spec", "transformer_config"]
 
+SPLIT_FIELDS = (  # over tensor-parallel ranks
+    "num_query_groups", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "ffn_hidden_size",
+)
 SpecTransform = Callable[[TransformerBlockSubmodules], TransformerBlockSubmodules]
 
 
@@ -68,7 +72,16 @@ def transformer_config(
         num_moe_experts=architecture.num_experts,
         moe_router_topk=architecture.moe_router_topk,
         moe_router_pre_softmax=architecture.moe_router_pre_softmax,
+        moe_router_score_function=architecture.moe_router_score_function,
+        moe_router_enable_expert_bias=architecture.moe_router_expert_bias,
+        moe_router_num_groups=architecture.moe_router_num_groups,
+        moe_router_group_topk=architecture.moe_router_group_topk,
+        moe_router_topk_scaling_factor=architecture.moe_router_topk_scaling_factor,
+        # Sigmoid scores lie close together; such models are trained with exact ones.
+        moe_router_dtype="fp32" if architecture.moe_router_score_function == "sigmoid" else None,
         moe_ffn_hidden_size=architecture.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=architecture.moe_shared_expert_intermediate_size,
+        moe_shared_expert_gate=architecture.moe_shared_expert_gate,
         moe_layer_freq=_moe_layer_freq(architecture),
         moe_token_dispatcher_type="alltoall",  # the one that takes uneven rows per rank
         moe_router_load_balancing_type="none",
@@ -136,7 +149,7 @@ def _check_parallel_sizes(architecture: Architecture, pg: ProcessGroupCollection
     tensor_parallel, expert_parallel = pg.tp.size(), pg.ep.size()
     if pg.pp.size() > 1:
         raise ValueError(f"pipeline parallel size {pg.pp.size()} is not supported: it must be 1")
-    for field in ("num_query_groups", "moe_ffn_hidden_size", "ffn_hidden_size"):
+    for field in SPLIT_FIELDS:
         value = getattr(architecture, field)
         if value is not None and value % tensor_parallel:
             raise ValueError(
@@ -158,7 +171,8 @@ def _moe_layer_freq(architecture: Architecture) -> int | list[int]:
 def _rotary_arguments(architecture: Architecture) -> dict[str, Any]:
     scaling = architecture.rotary_scaling
     arguments: dict[str, Any] = dict(
-        position_embedding_type="rope", rotary_base=architecture.rotary_base
+        position_embedding_type="rope", rotary_base=architecture.rotary_base,
+        rotary_percent=architecture.rotary_percent,
     )
     if scaling is None:
         return arguments

@@ -105,6 +105,12 @@ def global_name(parameter: str, first_expert: int) -> str:
     )
 
 
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint fills: the parameters, and the biases by which experts are chosen."""
+    biases = ((n, b) for n, b in model.named_buffers() if n.endswith("router.expert_bias"))
+    return {**dict(model.named_parameters()), **dict(biases)}
+
+
 def _plain(name: str, shape: tuple[int, ...], tp_axis: int | None = None) -> Slot:
     return Slot((Source(name, shape),), tp_axis)
 
@@ -152,11 +158,31 @@ def _moe_slots(a: Architecture, layer: int) -> Iterator[tuple[str, Slot]]:
     shape = (a.num_experts, a.hidden_size)
     gate = Source(block + names.router[0], shape, newer + names.router[1], shape)
     yield "mlp.router.weight", Slot((gate,))
+    if a.moe_router_expert_bias:
+        bias = Source(
+            block + names.expert_bias[0], shape[:1], newer + names.expert_bias[1], shape[:1]
+        )
+        yield "mlp.router.expert_bias", Slot((bias,))
+    if a.moe_shared_expert_intermediate_size is not None:
+        yield from _shared_expert_slots(a, block, newer)
     for expert in range(a.num_experts):
         gate_up, down = _expert_sources(a, f"{block}experts.", f"{newer}experts.", expert)
         name = f"mlp.experts.local_experts.{expert}."
         yield name + "linear_fc1.weight", Slot(gate_up, tp_axis=0)
         yield name + "linear_fc2.weight", Slot((down,), tp_axis=1)
+
+
+def _shared_expert_slots(a: Architecture, block: str, newer: str) -> Iterator[tuple[str, Slot]]:
+    names, h, f = FAMILIES[a.family].names, a.hidden_size, a.moe_shared_expert_intermediate_size
+    prefix, newer_prefix = block + names.shared[0], newer + names.shared[1]
+    gate, up, down = (
+        Source(f"{prefix}{name}_proj.weight", shape, f"{newer_prefix}{name}_proj.weight", shape)
+        for name, shape in (("gate", (f, h)), ("up", (f, h)), ("down", (h, f)))
+    )
+    yield "mlp.shared_experts.linear_fc1.weight", Slot((gate, up), tp_axis=0)
+    yield "mlp.shared_experts.linear_fc2.weight", Slot((down,), tp_axis=1)
+    if a.moe_shared_expert_gate:
+        yield "mlp.shared_experts.gate_weight", _plain(block + names.shared_gate, (1, h))
 
 
 def _expert_sources(

@@ -52,14 +52,21 @@ class RotaryScaling(BaseModel):
         return None, None
 
 
-def rotary_scaling(parameters: dict[str, Any], max_positions: int) -> RotaryScaling | None:
+def rotary_scaling(
+    parameters: dict[str, Any], max_positions: int, is_partial: bool = False
+) -> RotaryScaling | None:
     """Read `rope_parameters` (or the older `rope_scaling`) of a Hugging Face config.
+
+    Args:
+        parameters: the field's content.
+        max_positions: longest context, in tokens.
+        is_partial: whether a part of each head may be rotated.
 
     Raises:
         ValueError: the variant, or a setting of it, has no exact counterpart in Megatron-Core.
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    if not is_partial and parameters.get("partial_rotary_factor", 1.0) != 1.0:
         _refuse("partial_rotary_factor", parameters["partial_rotary_factor"], "1.0")
     if kind == "default":
         return None

@@ -19,6 +19,7 @@ class TensorNames:
         router: the router's weight, behind `block` and behind `mlp.`.
         expert_bias: what is added to the scores that experts are chosen by, likewise.
         shared: prefix of the shared experts, likewise.
+        shared_gate: weight of their gate, the same in both.
         expert: an expert's gate, up and down projections.
     """
 
@@ -26,6 +27,7 @@ class TensorNames:
     router: tuple[str, str] = ("gate.weight", "gate.weight")
     expert_bias: tuple[str, str] = ("", "")
     shared: tuple[str, str] = ("shared_experts.", "shared_experts.")
+    shared_gate: str = ""
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -38,6 +40,8 @@ class Family:
         defaults: of fields that a file may leave out, as transformers fills them in.
         rotary_base: where neither of a file's spellings gives it.
         has_partial_rotary: whether the family rotates a part of each head.
+        has_prediction_layers: whether layers behind the last one, for predicting several tokens at
+            once, may be among the tensors; they are left out.
         names: of its tensors.
     """
 
@@ -46,6 +50,7 @@ class Family:
     defaults: ClassVar[Mapping[str, Any]]
     rotary_base: ClassVar[float] = 1e4
     has_partial_rotary: ClassVar[bool] = False
+    has_prediction_layers: ClassVar[bool] = False
     names: ClassVar[TensorNames] = TensorNames()
 
     def attention(self, fields: ConfigFields) -> dict[str, Any]:
@@ -79,6 +84,49 @@ def softmax_router(fields: ConfigFields) -> dict[str, Any]:
     return {
         "moe_router_topk": fields.integer("num_experts_per_tok"),
         "moe_router_pre_softmax": not fields.flag("norm_topk_prob"),
+    }
+
+
+def sigmoid_router(fields: ConfigFields, scaling_factor: str | None = None) -> dict[str, Any]:
+    """Sigmoid scores, chosen by with a bias, normalised and scaled.
+
+    Args:
+        fields: the file's.
+        scaling_factor: the field that has it.
+    """
+    return {
+        "moe_router_topk": fields.integer("num_experts_per_tok"),
+        "moe_router_score_function": "sigmoid",
+        "moe_router_expert_bias": True,
+        "moe_router_topk_scaling_factor": fields.number(scaling_factor) if scaling_factor else None,
+    }
+
+
+def expert_groups(fields: ConfigFields) -> dict[str, int | None]:
+    """Groups of experts, of which a token chooses the best by their two best experts.
+
+    Raises:
+        ValueError: Megatron-Core would judge groups by another number of experts.
+    """
+    groups, chosen = fields.integer("n_group"), fields.integer("topk_group")
+    if groups == 1:
+        return {"moe_router_num_groups": None, "moe_router_group_topk": None}
+    judged_by = fields.integer("num_experts_per_tok") // chosen
+    if judged_by != 2:
+        raise ValueError(
+            f"topk_group = {chosen} is not supported: Megatron-Core judges a group by its "
+            f"num_experts_per_tok // topk_group = {judged_by} best experts, the model by 2"
+        )
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+
+
+def leading_dense_layers(fields: ConfigFields) -> dict[str, Any]:
+    """The first layers are dense."""
+    count = fields.integer("first_k_dense_replace", least=0)
+    dense = tuple(range(min(count, fields.integer("num_hidden_layers"))))
+    return {
+        "dense_layers": dense,
+        "ffn_hidden_size": fields.integer("intermediate_size") if dense else None,
     }
 
 
