@@ -13,11 +13,13 @@ class LayerShape(NamedTuple):
         kv: what a token's keys and values are.
         num_heads: np, query heads.
         softmax_scale: factor on the logits.
+        sliding_window: tokens that a query sees, its own included; None: all of them.
     """
 
     kv: KVShape
     num_heads: int
     softmax_scale: float
+    sliding_window: int | None = None
 
 
 class LayerSpec(NamedTuple):
@@ -28,6 +30,7 @@ class LayerSpec(NamedTuple):
         kv: what a token's keys and values are.
         num_heads: np, query heads.
         softmax_scale: factor on the logits.
+        sliding_window: tokens that a query sees, its own included; None: all of them.
         options: what is chosen for this layer.
     """
 
@@ -35,4 +38,5 @@ class LayerSpec(NamedTuple):
     kv: KVShape
     num_heads: int
     softmax_scale: float
+    sliding_window: int | None
     options: LayerOptions

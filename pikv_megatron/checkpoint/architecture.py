@@ -45,8 +45,14 @@ class Architecture(BaseModel):
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     qk_layernorm: Literal["none", "head", "projection"] = "none"
     clip_qkv: float | None = Field(default=None, gt=0)
+    linear_bias: bool = False
     qkv_bias: bool = False
     attention_output_bias: bool = False
+    attention_sink: bool = False
+    sliding_window: PositiveInt | None = None
+    sliding_layers: tuple[int, ...] = ()
+    activation: Literal["silu", "clamped_swiglu"] = "silu"
+    activation_limit: float | None = Field(default=None, gt=0)
     rotary_base: float = Field(default=10000.0, gt=1)
     rotary_percent: float = Field(default=1.0, gt=0, le=1)
     rotary_scaling: RotaryScaling | None = None
@@ -105,6 +111,19 @@ class Architecture(BaseModel):
         if self.head_dim % 2:
             raise ValueError(f"kv_channels {self.head_dim} must be even: rotary pairs need it")
 
+        if bool(self.sliding_layers) != (self.sliding_window is not None):
+            raise ValueError(
+                f"sliding_layers {self.sliding_layers} and sliding_window {self.sliding_window} "
+                "need each other"
+            )
+        self._check_layers("sliding_layers")
+        if self.linear_bias and not (self.qkv_bias and self.attention_output_bias):
+            raise ValueError("linear_bias needs qkv_bias and attention_output_bias")
+        if (self.activation == "clamped_swiglu") != (self.activation_limit is not None):
+            raise ValueError(
+                f"activation {self.activation} and activation_limit {self.activation_limit} do "
+                "not fit"
+            )
         if self.clip_qkv is not None and self.qk_layernorm != "projection":
             raise ValueError(f"clip_qkv = {self.clip_qkv} needs qk_layernorm = 'projection'")
 
@@ -134,8 +153,11 @@ class Architecture(BaseModel):
             )
         if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
             raise ValueError("moe_shared_expert_gate needs moe_shared_expert_intermediate_size")
-        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
-        if outside:
-            raise ValueError(f"dense_layers {outside} are not among {self.num_layers} layers")
+        self._check_layers("dense_layers")
         if self.dense_layers and self.ffn_hidden_size is None:
             raise ValueError("dense_layers need ffn_hidden_size, their width")
+
+    def _check_layers(self, field: str) -> None:
+        outside = [layer for layer in getattr(self, field) if not 0 <= layer < self.num_layers]
+        if outside:
+            raise ValueError(f"{field} {outside} are not among {self.num_layers} layers")

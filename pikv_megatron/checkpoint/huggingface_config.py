@@ -78,7 +78,7 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 
 def _rotary(fields: ConfigFields, family: Family) -> dict[str, Any]:
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    rope = fields.get("rope_parameters", "rope_scaling") or fields.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters = {rope!r}: expected keys and values")
     base = rope.get("rope_theta") or fields.get("rope_theta") or family.rotary_base

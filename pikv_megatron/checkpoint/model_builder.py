@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
@@ -90,9 +91,11 @@ def transformer_config(
         qk_layernorm=architecture.qk_layernorm != "none",
         clip_qkv=architecture.clip_qkv,
         add_qkv_bias=architecture.qkv_bias,
-        activation_func=F.silu,
         gated_linear_unit=True,
-        add_bias_linear=False,
+        add_bias_linear=architecture.linear_bias,
+        softmax_type="learnable" if architecture.attention_sink else "vanilla",
+        **_activation_fields(architecture),
+        **_window_fields(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_backend=AttnBackend.auto if has_transformer_engine() else AttnBackend.local,
@@ -149,6 +152,11 @@ def _check_parallel_sizes(architecture: Architecture, pg: ProcessGroupCollection
     tensor_parallel, expert_parallel = pg.tp.size(), pg.ep.size()
     if pg.pp.size() > 1:
         raise ValueError(f"pipeline parallel size {pg.pp.size()} is not supported: it must be 1")
+    if architecture.linear_bias and tensor_parallel > 1:
+        raise ValueError(
+            f"tensor parallel size {tensor_parallel} is not supported with linear_bias: every rank "
+            "would add the experts' bias; set it to 1"
+        )
     for field in SPLIT_FIELDS:
         value = getattr(architecture, field)
         if value is not None and value % tensor_parallel:
@@ -160,6 +168,27 @@ def _check_parallel_sizes(architecture: Architecture, pg: ProcessGroupCollection
             f"expert parallel size {expert_parallel} must divide num_experts "
             f"{architecture.num_experts}"
         )
+
+
+def _activation_fields(architecture: Architecture) -> dict[str, Any]:
+    if architecture.activation == "silu":
+        return {"activation_func": F.silu}
+    return {
+        "activation_func": quick_gelu,
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": architecture.activation_limit,
+    }
+
+
+def _window_fields(architecture: Architecture) -> dict[str, Any]:
+    """Megatron-Core counts the tokens beside the query's own."""
+    if architecture.sliding_window is None:
+        return {}
+    layers = range(architecture.num_layers)
+    return {
+        "window_size": (architecture.sliding_window - 1, 0),
+        "window_attn_skip_freq": [int(layer in architecture.sliding_layers) for layer in layers],
+    }
 
 
 def _moe_layer_freq(architecture: Architecture) -> int | list[int]:

@@ -30,6 +30,8 @@ class Source:
         other_name: the tensor's other spelling, if there is one.
         expert: its first index there, where that tensor holds all experts.
         first_row: its first row there, where that tensor also holds gate and up together.
+        row_step: from one of its rows to the next there.
+        is_transposed: whether rows and columns are exchanged there.
         other_shape: the whole shape of that tensor.
     """
 
@@ -39,6 +41,8 @@ class Source:
     other_shape: tuple[int, ...] = ()
     expert: int | None = None
     first_row: int = 0
+    row_step: int = 1
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,9 @@ def _attention_slots(a: Architecture, prefix: str) -> Iterator[tuple[str, Slot]]
         yield "self_attention.linear_qkv.bias", Slot(biases, tp_axis=0, group_dim=hn)
     if a.attention_output_bias:
         yield "self_attention.linear_proj.bias", _plain(attention + "o_proj.bias", (h,))
+    if a.attention_sink:
+        sinks = _plain(attention + "sinks", (a.num_attention_heads,), 0)
+        yield "self_attention.core_attention.softmax_offset", sinks
     if a.qk_layernorm != "none":
         whole = a.qk_layernorm == "projection"
         for letter, rows in (("q", q_rows), ("k", kv_rows)):
@@ -158,6 +165,9 @@ def _moe_slots(a: Architecture, layer: int) -> Iterator[tuple[str, Slot]]:
     shape = (a.num_experts, a.hidden_size)
     gate = Source(block + names.router[0], shape, newer + names.router[1], shape)
     yield "mlp.router.weight", Slot((gate,))
+    if a.linear_bias:
+        bias_name = names.router[0].replace("weight", "bias")
+        yield "mlp.router.bias", _plain(block + bias_name, shape[:1])
     if a.moe_router_expert_bias:
         bias = Source(
             block + names.expert_bias[0], shape[:1], newer + names.expert_bias[1], shape[:1]
@@ -165,11 +175,37 @@ def _moe_slots(a: Architecture, layer: int) -> Iterator[tuple[str, Slot]]:
         yield "mlp.router.expert_bias", Slot((bias,))
     if a.moe_shared_expert_intermediate_size is not None:
         yield from _shared_expert_slots(a, block, newer)
+    if names.has_stacked_experts:
+        yield from _stacked_expert_slots(a, f"{block}experts.")
+        return
     for expert in range(a.num_experts):
         gate_up, down = _expert_sources(a, f"{block}experts.", f"{newer}experts.", expert)
         name = f"mlp.experts.local_experts.{expert}."
         yield name + "linear_fc1.weight", Slot(gate_up, tp_axis=0)
         yield name + "linear_fc2.weight", Slot((down,), tp_axis=1)
+
+
+def _stacked_expert_slots(a: Architecture, prefix: str) -> Iterator[tuple[str, Slot]]:
+    """gpt-oss: [experts, in, out], with biases; of out, even places are gate, odd ones up."""
+    e, h, f = a.num_experts, a.hidden_size, a.moe_ffn_hidden_size
+
+    def source(name: str, shape: tuple[int, ...], stored: tuple[int, ...], expert: int, **place):
+        is_transposed = len(shape) == 2
+        return Source(
+            prefix + name, shape, prefix + name, (e, *stored), expert,
+            is_transposed=is_transposed, **place,
+        )
+
+    for expert in range(e):
+        name = f"mlp.experts.local_experts.{expert}."
+        places = [{"first_row": first, "row_step": 2} for first in (0, 1)]
+        fc1 = [source("gate_up_proj", (f, h), (h, 2 * f), expert, **place) for place in places]
+        bias = [source("gate_up_proj_bias", (f,), (2 * f,), expert, **place) for place in places]
+        yield name + "linear_fc1.weight", Slot(tuple(fc1), tp_axis=0)
+        yield name + "linear_fc1.bias", Slot(tuple(bias), tp_axis=0)
+        fc2 = source("down_proj", (h, f), (f, h), expert)
+        yield name + "linear_fc2.weight", Slot((fc2,), tp_axis=1)
+        yield name + "linear_fc2.bias", Slot((source("down_proj_bias", (h,), (h,), expert),))
 
 
 def _shared_expert_slots(a: Architecture, block: str, newer: str) -> Iterator[tuple[str, Slot]]:

@@ -11,8 +11,10 @@ import torch
 SCALE = "_scale_inv"  # behind the name of a block-scaled tensor
 BLOCKS, SCALES = "_blocks", "_scales"  # behind that of an MXFP4 one
 # E2M1: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats, v1.0).
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+FP4_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4_VALUES = (*FP4_SIZES, *(-size for size in FP4_SIZES))
 E8M0_BIAS = 127
+MXFP4_BLOCK = 32  # numbers that share an exponent
 
 
 def weight_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:

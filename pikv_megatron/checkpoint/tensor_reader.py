@@ -7,7 +7,16 @@ import torch
 
 from pikv_megatron.checkpoint.json_file import read_json
 from pikv_megatron.checkpoint.name_table import Source
-from pikv_megatron.checkpoint.quantized import SCALE, block_scaled, scale_shape, weight_block_size
+from pikv_megatron.checkpoint.quantized import (
+    BLOCKS,
+    MXFP4_BLOCK,
+    SCALE,
+    SCALES,
+    block_scaled,
+    mxfp4,
+    scale_shape,
+    weight_block_size,
+)
 from pikv_megatron.checkpoint.tensor_files import TensorFiles
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -40,7 +49,8 @@ class TensorReader:
         """
         known = {name for s in sources for name in (s.name, s.other_name)}
         for name, path in self.files.file_of.items():
-            is_known = name in known or name.removesuffix(SCALE) in known
+            bases = {name.removesuffix(suffix) for suffix in ("", SCALE, BLOCKS, SCALES)}
+            is_known = not bases.isdisjoint(known)
             if not is_known and not is_left_out(name):
                 raise ValueError(f"{path}: tensor {name} belongs to no part of this architecture")
         self.check_sources(sources)
@@ -65,7 +75,8 @@ class TensorReader:
             ValueError: it is missing.
         """
         name = self._spelling(source)
-        return f"{self.files.file_of[name]}: tensor {name}"
+        path = self.files.file_of[name if self.has(name) else name + BLOCKS]
+        return f"{path}: tensor {name}"
 
     def read(
         self, source: Source, axis: int | None = None, start: int = 0, stop: int = 0
@@ -75,9 +86,19 @@ class TensorReader:
         if axis is not None:
             index[axis] = slice(start, stop)
         name, expert = self._spelling(source), ()
-        if name != source.name and source.expert is not None:
+        if name == source.other_name and source.expert is not None:
             rows, expert = index[0], (source.expert,)
-            index[0] = slice(source.first_row + rows.start, source.first_row + rows.stop)
+            first, step = source.first_row, source.row_step
+            index[0] = slice(first + rows.start * step, first + (rows.stop - 1) * step + 1)
+        if not self.has(name):
+            values = self._read_mxfp4(name, expert, index)
+        elif source.is_transposed:
+            values = self.files.slice(name)[(*expert, *reversed(index))].T
+        else:
+            values = self._read_plain(name, expert, index)
+        return values if source.row_step == 1 else values[:: source.row_step]
+
+    def _read_plain(self, name: str, expert: tuple[int, ...], index: list[slice]) -> torch.Tensor:
         values = self.files.slice(name)[(*expert, *index)]
         if values.dtype != torch.float8_e4m3fn:
             return values
@@ -85,9 +106,19 @@ class TensorReader:
         scale = scale[(*expert, *(slice(None) for _ in index))]
         return block_scaled(values, scale, self._block, tuple(part.start for part in index))
 
+    def _read_mxfp4(self, name: str, expert: tuple[int, ...], index: list[slice]) -> torch.Tensor:
+        """Rows in blocks of columns; they are not transposed there."""
+        rows = (*expert, index[0])
+        blocks, scales = (self.files.slice(name + kind)[rows] for kind in (BLOCKS, SCALES))
+        return mxfp4(blocks, scales)[:, index[1]]
+
     def _check_source(self, source: Source) -> None:
         name = self._spelling(source)
-        expected = source.shape if name == source.name else source.other_shape
+        is_other = name == source.other_name
+        expected = source.other_shape if is_other else source.shape
+        if not self.has(name):
+            self._check_mxfp4(name, expected)
+            return
         self._check_shape(name, expected)
         kind = self.files.slice(name).get_dtype()
         if kind == FLOAT8 and self._block is not None and len(expected) > 1:
@@ -96,6 +127,17 @@ class TensorReader:
             hint = ", and config.json has no weight_block_size" if kind == FLOAT8 else ""
             path = self.files.file_of[name]
             raise ValueError(f"{path}: tensor {name} has type {kind}, not a float{hint}")
+
+    def _check_mxfp4(self, name: str, transposed: tuple[int, ...]) -> None:
+        experts, columns, rows = transposed
+        scales = experts, rows, columns // MXFP4_BLOCK
+        self._check_shape(name + SCALES, scales)
+        self._check_shape(name + BLOCKS, (*scales, MXFP4_BLOCK // 2))
+        for kind in (SCALES, BLOCKS):
+            found = self.files.slice(name + kind).get_dtype()
+            if found != "U8":
+                path = self.files.file_of[name + kind]
+                raise ValueError(f"{path}: tensor {name + kind} has type {found}, not U8")
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         if not self.has(name):
@@ -109,6 +151,6 @@ class TensorReader:
 
     def _spelling(self, source: Source) -> str:
         for name in (source.name, source.other_name):
-            if name is not None and self.has(name):
+            if name is not None and (self.has(name) or self.has(name + BLOCKS)):
                 return name
         raise ValueError(f"{self.files.listing}: tensor {source.name} is missing")

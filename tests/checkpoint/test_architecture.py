@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import LLAMA3, YARN, mixtral, olmoe, qwen3_moe
+from tiny_models import (
+    GROUPED,
+    LLAMA3,
+    YARN,
+    glm4_moe,
+    gpt_oss,
+    hy_v3,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor,
 )
@@ -22,6 +33,10 @@ CONFIGS = {
     "mixtral": mixtral().config.to_dict() | {"architectures": ["MixtralForCausalLM"]},
     "qwen3": qwen3_moe().config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]},
     "olmoe": olmoe().config.to_dict() | {"architectures": ["OlmoeForCausalLM"]},
+    "qwen2": qwen2_moe().config.to_dict() | {"architectures": ["Qwen2MoeForCausalLM"]},
+    "glm4": glm4_moe(**GROUPED).config.to_dict() | {"architectures": ["Glm4MoeForCausalLM"]},
+    "hy_v3": hy_v3().config.to_dict() | {"architectures": ["HYV3ForCausalLM"]},
+    "gpt_oss": gpt_oss().config.to_dict() | {"architectures": ["GptOssForCausalLM"]},
 }
 
 
@@ -86,7 +101,22 @@ def test_several_end_tokens(tmp_path):
 
 def test_sliding_window_as_wide_as_the_context_changes_nothing(tmp_path):
     assert read(tmp_path, "mixtral", sliding_window=256) == read(tmp_path, "mixtral")
-    assert read(tmp_path, "qwen3", sliding_window=4, use_sliding_window=False)
+    off = read(tmp_path, "qwen3", sliding_window=4, use_sliding_window=False)
+    assert off == read(tmp_path, "qwen3")
+
+
+def test_layers_with_sliding_windows(tmp_path):
+    mixtral = read(tmp_path, "mixtral", sliding_window=128)
+    assert (mixtral.sliding_window, mixtral.sliding_layers) == (128, (0, 1, 2))
+    qwen3 = read(tmp_path, "qwen3", sliding_window=16, use_sliding_window=True)
+    assert (qwen3.sliding_window, qwen3.sliding_layers) == (16, (0, 1, 2))
+    slides = {"sliding_window": 16, "use_sliding_window": True}
+    assert read(tmp_path, "qwen2", ("layer_types",), **slides).sliding_layers == (0, 2)
+    early = read(tmp_path, "qwen2", ("layer_types",), **slides, max_window_layers=2)
+    assert early.sliding_layers == (0,)
+    assert read(tmp_path, "gpt_oss").sliding_layers == (0, 2)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert read(tmp_path, "gpt_oss", layer_types=kinds).sliding_layers == (1,)
 
 
 def test_what_a_file_leaves_out_is_the_familys_default(tmp_path):
@@ -132,8 +162,15 @@ def test_yarns_factor_may_be_the_checkpoints_own(tmp_path):
     [
         ("mixtral", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*Mixtral.*Olmoe"),
         ("mixtral", {"architectures": None, "model_type": "llama"}, "model_type = llama.*Mixtral"),
-        ("mixtral", {"sliding_window": 128}, "sliding_window = 128"),
-        ("qwen3", {"sliding_window": 16, "use_sliding_window": True}, "sliding_window = 16"),
+        ("mixtral", {"sliding_window": "wide"}, "sliding_window = 'wide'"),
+        ("mixtral", {"layer_types": ["linear_attention"] * 3}, "'linear_attention'.*not supported"),
+        ("mixtral", {"layer_types": ["full_attention"]}, "layer_types = .* each of 3 layers"),
+        ("glm4", {"n_group": 4, "topk_group": 1}, "topk_group = 1 .* 4 best experts"),
+        ("glm4", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ("hy_v3", {"mlp_layer_types": ["dense"]}, "mlp_layer_types = "),
+        ("hy_v3", {"mlp_bias": True}, "mlp_bias = True"),
+        ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha = 1.5"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias = False"),
         ("qwen3", {"attention_bias": "yes"}, "attention_bias = 'yes'"),
         ("qwen3", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
         ("qwen3", {"decoder_sparse_step": None}, "decoder_sparse_step is missing"),

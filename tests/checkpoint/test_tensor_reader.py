@@ -8,8 +8,9 @@ import pytest
 import torch
 from megatron_ranks import forward
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB_SIZE, logits, mixtral, prompts, qwen3_moe
+from tiny_models import VOCAB_SIZE, gpt_oss, logits, mixtral, prompts, qwen3_moe
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
@@ -281,6 +282,53 @@ def test_other_quantisation_is_refused_by_name(float8, quantization, message):
     configure(float8[0], quantization)
     with pytest.raises(ValueError, match=message):
         load_huggingface(float8[0], pg_collection=None)
+
+
+def mxfp4_experts(directory: Path) -> dict[str, torch.Tensor]:
+    """Store random experts of a gpt-oss in MXFP4; the tensors as transformers dequantises them."""
+    gpt_oss(intermediate_size=64).save_pretrained(directory)
+    stored = load_file(directory / "model.safetensors")
+    meant = dict(stored)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in list(stored.items()):
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            continue
+        experts, columns, rows = weight.shape
+        shape = experts, rows, columns // 32
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(121, 125, shape, dtype=torch.uint8, generator=generator)
+        del stored[name]
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        dense = convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=torch.float32)
+        meant[name] = dense.contiguous()
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    configure(directory, {"quant_method": "mxfp4"})
+    return meant
+
+
+def test_mxfp4_experts_give_the_logits_of_what_they_mean(tmp_path, one_rank):
+    meant = mxfp4_experts(tmp_path)
+    architecture, reader = read_architecture(tmp_path), TensorReader(tmp_path)
+    expert = "decoder.layers.1.mlp.experts.local_experts.5."
+    slot = name_table(architecture)[expert + "linear_fc1.weight"]
+    gate_up = meant["model.layers.1.mlp.experts.gate_up_proj"][5]
+    for source, first in zip(slot.sources, (0, 1), strict=True):
+        assert torch.equal(reader.read(source), gate_up[:, first::2].T)
+        assert torch.equal(reader.read(source, 0, 3, 9), gate_up[:, first::2].T[3:9])
+        assert torch.equal(reader.read(source, 1, 3, 9), gate_up[:, first::2].T[:, 3:9])
+    found = forward(load_huggingface(tmp_path, one_rank), prompts())[..., :VOCAB_SIZE]
+    save_file(meant, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    configure(tmp_path, None)
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_mxfp4_of_another_shape(tmp_path):
+    mxfp4_experts(tmp_path)
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    change(tmp_path, lambda tensors: tensors.update({name: tensors[name][:, :, :1].contiguous()}))
+    message = load_error(tmp_path)
+    assert name in message and "config.json asks for (8, 32, 2)" in message
 
 
 def test_float8_without_its_scales(float8):

@@ -7,6 +7,8 @@ import torch
 from transformers import (
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     HYV3Config,
     HYV3ForCausalLM,
     MiniMaxM2Config,
@@ -39,6 +41,10 @@ SIZES = dict(
 YARN = dict(
     rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64,
     beta_fast=16.0, beta_slow=1.0,
+)
+OSS_YARN = dict(
+    rope_type="yarn", rope_theta=1.5e5, factor=4.0, original_max_position_embeddings=64,
+    beta_fast=32.0, beta_slow=1.0, truncate=False,
 )
 LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
 LLAMA3 = dict(
@@ -94,8 +100,15 @@ def hy_v3(**changes: Any) -> PreTrainedModel:
     )
 
 
+def gpt_oss(**changes: Any) -> PreTrainedModel:
+    return _model(
+        GptOssForCausalLM, GptOssConfig, changes, num_local_experts=8, intermediate_size=24,
+        head_dim=16, sliding_window=12, rope_parameters=OSS_YARN,
+    )
+
+
 GROUPED = dict(n_group=4, topk_group=2, num_experts_per_tok=4)
-FAMILIES = (mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe, minimax_m2, hy_v3)
+FAMILIES = (mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe, minimax_m2, hy_v3, gpt_oss)
 
 
 def save_all(root: Path) -> dict[str, torch.Tensor]:
@@ -145,9 +158,9 @@ def _model(model_class: type, config_class: type, changes: dict, **sizes: Any) -
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-            if name.endswith("bias"):
+            if name.endswith("bias") or name.endswith("sinks"):
                 parameter.uniform_(-0.5, 0.5)
-            if name.endswith("gate.weight"):  # some routers start as zeros, too
+            if name.endswith(("gate.weight", "router.weight")):  # some routers start as zeros, too
                 parameter.normal_(std=0.3)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

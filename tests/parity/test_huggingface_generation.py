@@ -8,7 +8,15 @@ import torch
 from parity_models import cached_logits
 from ranks import run_ranks
 from static_engine import engine_tokens
-from tiny_models import FAMILIES, GROUPED, VOCAB_SIZE, glm4_moe
+from tiny_models import (
+    FAMILIES,
+    GROUPED,
+    VOCAB_SIZE,
+    glm4_moe,
+    gpt_oss,
+    mixtral,
+    qwen2_moe,
+)
 
 from pikv_megatron import (
     PiKVConfig,
@@ -23,10 +31,16 @@ PIKV = PiKVConfig(
     page_size=4, window=8, num_sinks=2, flush_interval=4, expert_shards=4, replicas=2,
     prefill_chunk_size=24,
 )
-LENS = (40, 7, 65)  # ragged, and the last one fed in pieces
+STOCK_EXPERTS = PIKV.model_copy(update={"lean_experts": False})
+LENS = 40, 7, 65  # ragged, and the last one fed in pieces
+WIDE = "gpt_oss_wide"  # its windows are of 128 tokens
+WIDE_LENS = 310, 7, 140
 NUM_FED, NUM_NEW, NUM_NEXT, NUM_STATIC = 6, 32, 6, 8
 MODELS = {make.__name__: make for make in FAMILIES}
 MODELS["glm4_moe_grouped"] = lambda: glm4_moe(**GROUPED)
+MODELS["mixtral_sliding"] = lambda: mixtral(sliding_window=9)
+MODELS["qwen2_moe_sliding"] = lambda: qwen2_moe(use_sliding_window=True, sliding_window=9)
+MODELS[WIDE] = lambda: gpt_oss(sliding_window=128, max_position_embeddings=512)
 
 
 def drawn(length: int, seed: int) -> list[int]:
@@ -34,9 +48,15 @@ def drawn(length: int, seed: int) -> list[int]:
     return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
 
 
-PROMPTS = [drawn(length, length) for length in LENS]
+def prompts_of(name: str) -> list[list[int]]:
+    return [drawn(length, length) for length in (WIDE_LENS if name == WIDE else LENS)]
+
+
+def fed_to(name: str) -> list[list[int]]:
+    return [prompt + drawn(NUM_FED, 200) for prompt in prompts_of(name)]
+
+
 TURNS = [drawn(5, 100 + length) for length in LENS]
-FED = [prompt + drawn(NUM_FED, 200) for prompt in PROMPTS]
 STATIC = [drawn(length, 300) for length in (40, 37)]
 
 
@@ -48,18 +68,24 @@ def reference_logits(model, sequence: list[int]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Path, dict, dict]:
-    """Where the models are, they themselves, and their logits for `FED`."""
-    root, models = tmp_path_factory.mktemp("models"), {name: make() for name, make in MODELS.items()}
+    """Where the models are, they themselves, and their logits for what is fed to them."""
+    root = tmp_path_factory.mktemp("models")
+    models = {name: make() for name, make in MODELS.items()}
     for name, model in models.items():
         model.save_pretrained(root / name)
-    logits = {n: [reference_logits(model, fed) for fed in FED] for n, model in models.items()}
+    logits = {
+        name: [reference_logits(model, fed) for fed in fed_to(name)]
+        for name, model in models.items()
+    }
     return root, models, logits
 
 
-def difference(model, pikv: PiKVConfig, expected: list[torch.Tensor]) -> float:
+def difference(model, pikv: PiKVConfig, name: str, expected: list[torch.Tensor]) -> float:
     """Largest of all logits of this rank's sequences, fed in pieces and then token by token."""
-    context = PiKVInferenceContext.for_model(model, pikv, len(PROMPTS), 256)
-    found = cached_logits(model, context, FED, list(LENS), PIKV.prefill_chunk_size)
+    context = PiKVInferenceContext.for_model(model, pikv, len(LENS), 512)
+    fed = fed_to(name)
+    lens = [len(sequence) - NUM_FED for sequence in fed]
+    found = cached_logits(model, context, fed, lens, PIKV.prefill_chunk_size)
     rows = ((own[:, :VOCAB_SIZE] - expected[i]).abs().max() for i, own in found.items())
     return max((float(row) for row in rows), default=0.0)
 
@@ -77,16 +103,19 @@ def run(root: Path, expected: dict, num_ranks: int) -> dict:
     with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
         for name, logits in expected.items():
             differences = []
-            for pikv in (PIKV.model_copy(update={"lean_experts": False}), PIKV):
+            kinds = [PIKV] if num_ranks > 2 else [STOCK_EXPERTS, PIKV]
+            for pikv in kinds:
                 model = load_huggingface(
                     root / name, pg, torch.float32, lambda spec: pikv_layer_spec(spec, pikv)
                 )
-                differences.append(difference(model, pikv, logits))
+                differences.append(difference(model, pikv, name, logits))
             lm = PiKVForCausalLM(model, PIKV, vocab_size=VOCAB_SIZE)
             engine = deepspeed.init_inference(lm, dtype=torch.float32)
-            first = engine.generate(PROMPTS, max_new_tokens=NUM_NEW, keep_cache=True).token_ids
-            second = engine.generate(TURNS, max_new_tokens=NUM_NEXT, resume=True).token_ids
-            result[name] = differences, first, second, static_tokens(model)
+            prompts = prompts_of(name)
+            first = engine.generate(prompts, max_new_tokens=NUM_NEW, keep_cache=True)
+            second = engine.generate(TURNS, max_new_tokens=NUM_NEXT, resume=True)
+            tokens = first.token_ids, second.token_ids, static_tokens(model)
+            result[name] = differences, *tokens
     return result
 
 
@@ -104,7 +133,7 @@ def test_every_family_is_transformers(saved, num_ranks):
         assert max(max(result[name][0]) for result in results) < 1e-4, name
         assert all(result[name][1:] == results[0][name][1:] for result in results), name
         _, first, second, static = results[0][name]
-        for prompt, tokens, turn, new in zip(PROMPTS, first, TURNS, second):
+        for prompt, tokens, turn, new in zip(prompts_of(name), first, TURNS, second):
             assert len(tokens) == NUM_NEW and is_greedy(model, prompt, tokens), name
             assert len(new) == NUM_NEXT and is_greedy(model, prompt + tokens + turn, new), name
         for prompt, tokens in zip(STATIC, static):

@@ -1,6 +1,6 @@
 """A family of Hugging Face models: how its `config.json` is read, and how its tensors are named."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -8,6 +8,9 @@ from pikv_megatron.checkpoint.families.fields import ConfigFields
 
 if TYPE_CHECKING:
     from pikv_megatron.checkpoint.architecture import Architecture
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class TensorNames:
         shared: prefix of the shared experts, likewise.
         shared_gate: weight of their gate, the same in both.
         expert: an expert's gate, up and down projections.
+        has_stacked_experts: whether the experts of a layer are one tensor always, transposed, in
+            which gate and up take turns.
     """
 
     block: str = "mlp."
@@ -29,6 +34,7 @@ class TensorNames:
     shared: tuple[str, str] = ("shared_experts.", "shared_experts.")
     shared_gate: str = ""
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    has_stacked_experts: bool = False
 
 
 class Family:
@@ -130,17 +136,46 @@ def leading_dense_layers(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def refuse_window(fields: ConfigFields) -> None:
-    """A window as wide as the context changes nothing.
+def sliding_layers(
+    fields: ConfigFields, is_sliding: Callable[[int], bool] = lambda layer: True
+) -> dict[str, Any]:
+    """The layers whose queries see a sliding window; one as wide as the context changes nothing.
+
+    Args:
+        fields: the file's.
+        is_sliding: of a layer, where `layer_types` does not say it.
 
     Raises:
-        ValueError: a narrower one.
+        ValueError: a layer is of a kind that is not supported.
     """
-    window, longest = fields.get("sliding_window"), fields.integer("max_position_embeddings")
-    if window is not None and fields.integer("sliding_window") < longest:
+    count, kinds = fields.integer("num_hidden_layers"), fields.get("layer_types")
+    if kinds is not None:
+        _check_kinds(kinds, count)
+        chosen = tuple(layer for layer in range(count) if kinds[layer] == SLIDING)
+    else:
+        chosen = tuple(layer for layer in range(count) if is_sliding(layer))
+    if fields.get("sliding_window") in (None, 0) or not chosen:
+        return {}
+    window = fields.integer("sliding_window")
+    if window >= fields.integer("max_position_embeddings"):
+        return {}
+    return {"sliding_window": window, "sliding_layers": chosen}
+
+
+def written_layer_types(architecture: "Architecture") -> list[str]:
+    """`layer_types` of a `config.json`."""
+    layers = range(architecture.num_layers)
+    return [SLIDING if layer in architecture.sliding_layers else FULL for layer in layers]
+
+
+def _check_kinds(kinds: Any, count: int) -> None:
+    if not isinstance(kinds, list) or len(kinds) != count:
+        raise ValueError(f"layer_types = {kinds!r}: expected a kind for each of {count} layers")
+    other = next((kind for kind in kinds if kind not in (SLIDING, FULL)), None)
+    if other is not None:
         raise ValueError(
-            f"sliding_window = {window} is not supported for this family: set it to null, or "
-            "lower max_position_embeddings to it"
+            f"layer_types holds {other!r}, which is not supported: only {SLIDING!r} and {FULL!r} "
+            "are"
         )
 
 

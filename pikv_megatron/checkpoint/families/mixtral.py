@@ -1,6 +1,6 @@
 """Mixtral: experts only, of which a token visits two."""
 
-from pikv_megatron.checkpoint.families.base import Family, TensorNames, refuse_window
+from pikv_megatron.checkpoint.families.base import Family, TensorNames, sliding_layers
 
 
 class Mixtral(Family):
@@ -18,7 +18,7 @@ class Mixtral(Family):
     names = TensorNames(block="block_sparse_moe.", expert=("w1", "w3", "w2"))
 
     def attention(self, fields):
-        return {"qk_layernorm": "none"}
+        return {"qk_layernorm": "none", **sliding_layers(fields)}
 
     def experts(self, fields):
         return {
@@ -28,12 +28,9 @@ class Mixtral(Family):
             "moe_ffn_hidden_size": fields.integer("intermediate_size"),
         }
 
-    def refuse_unsupported(self, fields):
-        refuse_window(fields)
-
     def write(self, architecture):
         return {
             "num_local_experts": architecture.num_experts,
             "intermediate_size": architecture.moe_ffn_hidden_size,
-            "sliding_window": None,
+            "sliding_window": architecture.sliding_window,
         }

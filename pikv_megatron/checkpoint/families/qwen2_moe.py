@@ -3,9 +3,10 @@
 from pikv_megatron.checkpoint.families.base import (
     Family,
     TensorNames,
-    refuse_window,
+    sliding_layers,
     softmax_router,
     stepped_dense_layers,
+    written_layer_types,
 )
 
 
@@ -20,13 +21,18 @@ class Qwen2Moe(Family):
         "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "num_experts_per_tok": 4,
         "num_experts": 60, "decoder_sparse_step": 1, "sliding_window": 4096, "qkv_bias": True,
+        "max_window_layers": 28,
     }
     names = TensorNames(
         shared=("shared_expert.", "shared_expert."), shared_gate="shared_expert_gate.weight"
     )
 
     def attention(self, fields):
-        return {"qk_layernorm": "none", "qkv_bias": fields.flag("qkv_bias")}
+        windows = {}
+        if fields.flag("use_sliding_window"):
+            last = fields.integer("max_window_layers", least=0)
+            windows = sliding_layers(fields, lambda layer: layer % 2 == 0 and layer < last)
+        return {"qk_layernorm": "none", "qkv_bias": fields.flag("qkv_bias"), **windows}
 
     def experts(self, fields):
         return {
@@ -40,10 +46,6 @@ class Qwen2Moe(Family):
             **stepped_dense_layers(fields),
         }
 
-    def refuse_unsupported(self, fields):
-        if fields.flag("use_sliding_window"):
-            refuse_window(fields)
-
     def write(self, architecture):
         width = architecture.moe_ffn_hidden_size
         return {
@@ -55,4 +57,7 @@ class Qwen2Moe(Family):
             "mlp_only_layers": list(architecture.dense_layers),
             "decoder_sparse_step": 1,
             "qkv_bias": architecture.qkv_bias,
+            "use_sliding_window": architecture.sliding_window is not None,
+            "sliding_window": architecture.sliding_window,
+            "layer_types": written_layer_types(architecture),
         }

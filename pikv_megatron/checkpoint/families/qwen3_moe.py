@@ -3,7 +3,7 @@
 from pikv_megatron.checkpoint.families.base import (
     Family,
     attention_biases,
-    refuse_window,
+    sliding_layers,
     softmax_router,
     stepped_dense_layers,
 )
@@ -23,7 +23,8 @@ class Qwen3Moe(Family):
     }
 
     def attention(self, fields):
-        return {"qk_layernorm": "head", **attention_biases(fields)}
+        windows = sliding_layers(fields) if fields.flag("use_sliding_window") else {}
+        return {"qk_layernorm": "head", **attention_biases(fields), **windows}
 
     def experts(self, fields):
         return {
@@ -32,10 +33,6 @@ class Qwen3Moe(Family):
             **softmax_router(fields),
             **stepped_dense_layers(fields),
         }
-
-    def refuse_unsupported(self, fields):
-        if fields.flag("use_sliding_window"):
-            refuse_window(fields)
 
     def write(self, architecture):
         width = architecture.moe_ffn_hidden_size
@@ -47,4 +44,6 @@ class Qwen3Moe(Family):
             "mlp_only_layers": list(architecture.dense_layers),
             "decoder_sparse_step": 1,
             "attention_bias": architecture.qkv_bias,
+            "use_sliding_window": architecture.sliding_window is not None,
+            "sliding_window": architecture.sliding_window,
         }
