@@ -1,13 +1,20 @@
 """One split of paged attention: an online softmax over some pages of one sequence.
 
 Legend: n sequences, sq query tokens, np query heads, ng KV heads, g = np / ng, m pages listed for a
-sequence, S tokens a page, R stored rows a page, P = S / R planes, r_k and r_v stored widths.
+sequence, S tokens a page, P planes, ROWS = S / P, r_k and r_v stored widths. P is the most tokens
+that a stored row of keys or of values has; one with fewer takes several loads.
 """
 
 import triton
 import triton.language as tl
 
-from pikv_kernels.page_tiles import load_keys, load_rows, load_values
+from pikv_kernels.page_tiles import (
+    load_high,
+    load_rows,
+    plane_numbers,
+    scale_keys,
+    scale_values,
+)
 
 # Columns that are looked at together for the last page of a sequence.
 SCAN: tl.constexpr = tl.constexpr(512)
@@ -23,21 +30,25 @@ def attend_split(
     softmax_scale,
     GROUP: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_GROUPS: tl.constexpr,
-    VALUE_GROUPS: tl.constexpr, IS_FLOAT8: tl.constexpr, TILE_PAGES: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr, KEY_FORMAT: tl.constexpr, VALUE_FORMAT: tl.constexpr,
+    KEY_LOADS: tl.constexpr, VALUE_LOADS: tl.constexpr, TILE_PAGES: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One split of the pages of one sequence, for a block of the rows of one KV head.
 
-    A tile has BLOCK_N stored rows: TILE_PAGES small pages side by side, or one of the TILES tiles
-    of a large page. So pages begin and end with tiles, and a page's log-sum-exp is a reduction of
+    A tile has BLOCK_N lanes: TILE_PAGES small pages side by side, or one of the TILES tiles of a
+    large page. A lane is a token in each plane. So pages begin and end with tiles, and a page's log-sum-exp is a reduction of
     the tile over its last dimension. Every product accumulates in float32, and its sum over tiles
     in a float32 accumulator, so that digits do not run out in long contexts.
 
     Example:
-        S = R = 3, BLOCK_N = 16: a page takes 4 lanes, the last one empty, and TILE_PAGES = 4. Lane
+        S = ROWS = 3, BLOCK_N = 16: a page takes 4 lanes, the last one empty, and TILE_PAGES = 4. Lane
         9 is row 9 % 4 = 1 of the tile's page 9 // 4 = 2. With g = 4 and sq = 2, row 6 of the block
         is query token 6 // 4 = 1 and head 6 % 4 = 2 of the group.
+
+        Keys of 4 bits, values of 2, S = 16: P = 4, ROWS = 4. Row 1 of values has the tokens 1, 5,
+        9, 13; of keys, row 1 has 1 and 9, row 5 has 5 and 13: KEY_LOADS = 2, VALUE_LOADS = 1.
 
     Args:
         query: [n, sq, np, r_k].
@@ -64,9 +75,11 @@ def attend_split(
     values += head.to(tl.int64) * value_strides[0]
     if key_scale is not None:
         key_scale += head.to(tl.int64) * key_scale_strides[0]
-        value_scale += head.to(tl.int64) * value_scale_strides[0]
     if key_zero is not None:
         key_zero += head.to(tl.int64) * key_zero_strides[0]
+    if value_scale is not None:
+        value_scale += head.to(tl.int64) * value_scale_strides[0]
+    if value_zero is not None:
         value_zero += head.to(tl.int64) * value_zero_strides[0]
 
     LANES: tl.constexpr = BLOCK_N // TILE_PAGES
@@ -90,28 +103,45 @@ def attend_split(
         page_top = tl.full([BLOCK_M, TILE_PAGES], -float("inf"), tl.float32)
         page_total = tl.full([BLOCK_M, TILE_PAGES], 0.0, tl.float32)
         for tile in range(TILES):
-            stored_row = tile * BLOCK_N + lane % LANES
-            # The first plane has the row's first token: beyond `length`, no plane is read.
-            is_stored = (stored_row < ROWS) & (stored_row < length)
+            row_in_page = tile * BLOCK_N + lane % LANES
+            # The first plane has the lane's first token: beyond `length`, no plane is read.
+            is_lane = (row_in_page < ROWS) & (row_in_page < length)
             stored_k = load_rows(
-                keys, page, stored_row, is_stored, key_channel, key_strides, KEY_WIDTH
+                keys, page, row_in_page, is_lane, key_channel, key_strides, KEY_WIDTH
+            )
+            high_k = load_high(
+                keys, page, row_in_page, is_lane, key_channel, key_strides, KEY_WIDTH, ROWS,
+                KEY_FORMAT,
             )
             stored_v = load_rows(
-                values, page, stored_row, is_stored, value_channel, value_strides, VALUE_WIDTH
+                values, page, row_in_page, is_lane, value_channel, value_strides, VALUE_WIDTH
+            )
+            high_v = load_high(
+                values, page, row_in_page, is_lane, value_channel, value_strides, VALUE_WIDTH,
+                ROWS, VALUE_FORMAT,
             )
             for plane in tl.static_range(PAGE_SIZE // ROWS):
-                token = stored_row + plane * ROWS
-                is_read = is_stored & (token < length)
+                token = row_in_page + plane * ROWS
+                is_read = is_lane & (token < length)
                 if token_mask is not None:
                     shown = tl.load(
                         token_mask + listed * PAGE_SIZE + token, mask=is_read, other=0
                     )
                     is_read = is_read & (shown != 0)
-                k = load_keys(
-                    stored_k, key_scale, key_zero, key_scale_strides, key_zero_strides, page,
-                    stored_row, is_stored, key_channel, KEY_WIDTH, ROWS, PAGE_SIZE, KEY_GROUPS,
-                    plane, IS_FLOAT8,
-                )
+                if KEY_LOADS > 1:
+                    stored_k = load_rows(
+                        keys, page, row_in_page + plane % KEY_LOADS * ROWS, is_lane, key_channel,
+                        key_strides, KEY_WIDTH,
+                    )
+                k = stored_k
+                if KEY_FORMAT > 0:
+                    k = plane_numbers(
+                        stored_k, high_k, row_in_page, plane // KEY_LOADS, ROWS, KEY_FORMAT
+                    )
+                    k = scale_keys(
+                        k, key_scale, key_zero, key_scale_strides, key_zero_strides, page, token,
+                        is_lane, key_channel, KEY_WIDTH, PAGE_SIZE, KEY_GROUPS,
+                    )
                 logits = tl.dot(rows, tl.trans(k.to(rows.dtype)), input_precision="ieee")
                 logits = logits * softmax_scale
                 if log_multiplicity is not None:
@@ -133,11 +163,20 @@ def attend_split(
                 rescale = tl.exp(top - anchor)
                 total = total * rescale + tl.sum(weights, 1)
                 top = new_top
-                v = load_values(
-                    stored_v, value_scale, value_zero, value_scale_strides, value_zero_strides,
-                    page, stored_row, is_stored, VALUE_WIDTH, BLOCK_V, ROWS, PAGE_SIZE,
-                    VALUE_GROUPS, plane, IS_FLOAT8,
-                )
+                if VALUE_LOADS > 1:
+                    stored_v = load_rows(
+                        values, page, row_in_page + plane % VALUE_LOADS * ROWS, is_lane,
+                        value_channel, value_strides, VALUE_WIDTH,
+                    )
+                v = stored_v
+                if VALUE_FORMAT > 0:
+                    v = plane_numbers(
+                        stored_v, high_v, row_in_page, plane // VALUE_LOADS, ROWS, VALUE_FORMAT
+                    )
+                    v = scale_values(
+                        v, value_scale, value_zero, value_scale_strides, value_zero_strides, page,
+                        token, is_lane, VALUE_WIDTH, BLOCK_V, VALUE_GROUPS,
+                    )
                 # A weight of 0 does not help against NaN.
                 v = tl.where(is_read[:, None], v, 0.0).to(rows.dtype)
                 acc *= rescale[:, None]

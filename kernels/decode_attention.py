@@ -18,6 +18,7 @@ import triton
 
 from pikv_kernels.attend_split import attend_split
 from pikv_kernels.merge_states import merge_states
+from pikv_kernels.packing import packing_of
 
 # Of the keys or of the values of a tile.
 TILE_BYTES = 16 << 10
@@ -80,20 +81,27 @@ def _plan(query: torch.Tensor, page_list: Any) -> _Launch:
     """Choose tiles and splits from shapes alone."""
     n, num_queries, num_heads, key_width = query.shape
     keys, values = page_list.pages.keys, page_list.pages.values
-    num_groups, _, stored_rows, _ = keys.shape
+    num_groups = keys.shape[0]
     group = num_heads // num_groups
     m, page_size = page_list.table.shape[1], page_list.pages.page_size
     block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (keys, values))
+    formats = [packing_of(x, scale, page_size) for x, scale in (
+        (keys, page_list.pages.key_scale), (values, page_list.pages.value_scale)
+    )]
+    num_planes = max(planes for _, planes in formats)
+    rows = page_size // num_planes
     # So that the keys and values of a few tiles fit in any GPU's shared memory.
-    row_bytes = max(block_k, block_v) * keys.element_size()
+    row_bytes = max(block_k * keys.element_size(), block_v * values.element_size())
     block_n = max(16, min(64, TILE_BYTES // row_bytes))
-    lanes = min(triton.next_power_of_2(stored_rows), block_n)
+    lanes = min(triton.next_power_of_2(rows), block_n)
     tile_pages = block_n // lanes
     block_m = min(64, max(16, triton.next_power_of_2(num_queries * group)))
     num_row_blocks = triton.cdiv(num_queries * group, block_m)
     tiling = dict(
-        GROUP=group, KEY_WIDTH=key_width, VALUE_WIDTH=values.shape[3], ROWS=stored_rows,
-        PAGE_SIZE=page_size, TILE_PAGES=tile_pages, TILES=triton.cdiv(stored_rows, block_n),
+        GROUP=group, KEY_WIDTH=key_width, VALUE_WIDTH=values.shape[3], ROWS=rows,
+        PAGE_SIZE=page_size, TILE_PAGES=tile_pages, TILES=triton.cdiv(rows, block_n),
+        KEY_FORMAT=formats[0][0], VALUE_FORMAT=formats[1][0],
+        KEY_LOADS=num_planes // formats[0][1], VALUE_LOADS=num_planes // formats[1][1],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_V=block_v,
     )
     if n * num_queries * m == 0:
@@ -114,7 +122,6 @@ def _launch(
     page_list, pages = launch.page_list, launch.page_list.pages
     n, num_queries = query.shape[:2]
     num_groups = pages.keys.shape[0]
-    is_float8 = pages.keys.dtype == torch.float8_e4m3fn
     pools = [
         x.view(torch.uint8) if x is not None and x.dtype == torch.float8_e4m3fn else x
         for x in pages[:6]
@@ -132,7 +139,7 @@ def _launch(
         launch.pages_per_split, first_split, softmax_scale,
         KEY_GROUPS=1 if pages.key_scale is None else pages.key_scale.shape[2],
         VALUE_GROUPS=1 if pages.value_scale is None else pages.value_scale.shape[3],
-        IS_FLOAT8=is_float8, **launch.tiling,
+        **launch.tiling,
     )
 
 

@@ -1,10 +1,12 @@
 """Quantisation and packing in registers: what `pikv_megatron.ops.packing` does, bit for bit.
 
-Legend: S tokens a page, P = 8 / bits tokens a byte, R = S / P byte rows a page. A tile of a page
+Legend: S tokens a page, P = 8 / bits tokens a byte, R = S / P byte rows a page. Numbers of 3 bits
+are packed as 2 bits and 1 bit, and sealed in tiles of P = 8. A tile of a page
 holds P planes of BLOCK_R >= R tokens, plane by plane: place i is token (i // BLOCK_R) * R +
 i % BLOCK_R, if i % BLOCK_R < R. So a tile packs by one sum over planes, for any page size.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -100,3 +102,37 @@ def pack(codes, PLANES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constex
     planes = tl.reshape(codes, (PLANES, BLOCK_R, BLOCK_C))
     shift = tl.arange(0, PLANES) * (8 // PLANES)
     return tl.sum(planes << shift[:, None, None], axis=0).to(tl.uint8)
+
+
+@triton.jit
+def pack_low(codes, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The 2 lower bits of codes of 3 bits, a tile of 8 planes -> [BLOCK_R, BLOCK_C], uint8.
+
+    A byte has the tokens of every second plane: those of plane 0, 2, 4 and 6 are in its first
+    rows (HALF 0), those of plane 1, 3, 5 and 7 in rows that begin S / 8 further on (HALF 1).
+    """
+    pairs = tl.reshape(codes & 3, (4, 2, BLOCK_R, BLOCK_C))
+    is_mine = (tl.arange(0, 2) == HALF)[None, :, None, None]
+    shift = (tl.arange(0, 4) * 2)[:, None, None, None]
+    bits = tl.where(is_mine, pairs << shift, 0)
+    return tl.sum(tl.sum(bits, axis=0), axis=0).to(tl.uint8)
+
+
+def packing_of(
+    numbers: torch.Tensor, scale: torch.Tensor | None, page_size: int
+) -> tuple[int, int]:
+    """How keys or values [ng, p, rows, r] are stored.
+
+    Returns:
+        0 for plain numbers, 1 for float8, else the bits of a code; and the tokens of a stored row,
+        of its lower bits where there are 3.
+
+    Example:
+        Pages of 16 tokens in 6 byte rows: 3 bits, 4 tokens.
+    """
+    if scale is None:
+        return 0, 1
+    if numbers.dtype == torch.float8_e4m3fn:
+        return 1, 1
+    bits = 8 * numbers.shape[2] // page_size
+    return bits, 4 if bits == 3 else 8 // bits

@@ -1,8 +1,9 @@
 """Compresses full token buffers into pages: keys, values and sketch in one launch.
 
-Legend: ng KV heads, c full buffers, S tokens a page, P tokens a byte, R = S / P byte rows, G_k
-groups of tokens (keys) and G_v of channels (values) with one scale each. A tensor reaches a kernel
-as a pair: its pointer and its strides.
+Legend: ng KV heads, c full buffers, S tokens a page, P planes of a tile (tokens a byte; 8 for 3
+bits), R = S / P rows, G_k groups of tokens (keys) and G_v of channels (values) with one scale each.
+A tensor reaches a kernel as a pair: its pointer and its strides. FORMAT is 0 for plain numbers, 1
+for float8, else the bits of a code.
 """
 
 import torch
@@ -24,37 +25,45 @@ from pikv_kernels.packing import (
     float8_codes,
     float8_scale,
     pack,
+    pack_low,
+    packing_of,
     tile_tokens,
 )
 
 PLAIN: tl.constexpr = tl.constexpr(0)
 FLOAT8: tl.constexpr = tl.constexpr(1)
-AFFINE: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def _ranges(x, inside, AXIS: tl.constexpr, FORMAT: tl.constexpr, PLANES: tl.constexpr):
+def _ranges(x, inside, AXIS: tl.constexpr, FORMAT: tl.constexpr):
     """Scale and zero point along AXIS."""
     if FORMAT == FLOAT8:
         scale = float8_scale(x, inside, AXIS)
         return scale, scale * 0.0
     else:
-        return affine_range(x, inside, AXIS, 2 ** (8 // PLANES) - 1)
+        return affine_range(x, inside, AXIS, 2**FORMAT - 1)
 
 
 @triton.jit
 def _store_codes(
-    out, head, place, row, is_row, channel, is_channel, x, scale, zero, FORMAT: tl.constexpr,
+    out, head, place, row, num_rows, channel, is_channel, x, scale, zero, FORMAT: tl.constexpr,
     PLANES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Quantise a tile with scales that broadcast to it, pack it and store it."""
-    inside = is_row[:, None] & is_channel[None, :]
+    inside = (row < num_rows)[:, None] & is_channel[None, :]
     if FORMAT == PLAIN:
         store_tile(out, head, place, row, channel, x, inside)
     elif FORMAT == FLOAT8:
         store_tile(out, head, place, row, channel, float8_codes(x, scale), inside)
+    elif FORMAT == 3:
+        codes = affine_codes(x, scale, zero, 7)
+        for half in tl.static_range(2):
+            low = pack_low(codes, half, BLOCK_R, BLOCK_C)
+            store_tile(out, head, place, half * num_rows + row, channel, low, inside)
+        high = pack(codes >> 2, PLANES, BLOCK_R, BLOCK_C)
+        store_tile(out, head, place, 2 * num_rows + row, channel, high, inside)
     else:
-        codes = affine_codes(x, scale, zero, 2 ** (8 // PLANES) - 1)
+        codes = affine_codes(x, scale, zero, 2**FORMAT - 1)
         store_tile(out, head, place, row, channel, pack(codes, PLANES, BLOCK_R, BLOCK_C), inside)
 
 
@@ -86,15 +95,15 @@ def _seal_keys(
     if FORMAT != PLAIN:
         for group in range(num_groups):
             is_mine = (token // (page_size // num_groups) == group)[:, None]
-            new_scale, new_zero = _ranges(x, inside & is_mine, 0, FORMAT, PLANES)
+            new_scale, new_zero = _ranges(x, inside & is_mine, 0, FORMAT)
             scale = tl.where(is_mine, new_scale[None, :], scale)
             _store_scale(scales, head, place, group, channel, new_scale, is_channel)
-            if FORMAT == AFFINE:
+            if FORMAT > FLOAT8:
                 zero = tl.where(is_mine, new_zero[None, :], zero)
                 _store_scale(zeros, head, place, group, channel, new_zero, is_channel)
     row = tl.arange(0, BLOCK_R)
-    _store_codes(out, head, place, row, row < page_size // PLANES, channel, is_channel, x, scale,
-                 zero, FORMAT, PLANES, BLOCK_R, BLOCK_C)
+    _store_codes(out, head, place, row, page_size // PLANES, channel, is_channel, x, scale, zero,
+                 FORMAT, PLANES, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
@@ -117,12 +126,12 @@ def _seal_values(
     x = load_tile(values, head, item, token, channel, inside)
     scale, zero = tl.sum(x, 1) * 0.0, tl.sum(x, 1) * 0.0
     if FORMAT != PLAIN:
-        scale, zero = _ranges(x, inside, 1, FORMAT, PLANES)
+        scale, zero = _ranges(x, inside, 1, FORMAT)
         _store_scale(scales, head, place, token, group, scale, is_token)
-        if FORMAT == AFFINE:
+        if FORMAT > FLOAT8:
             _store_scale(zeros, head, place, token, group, zero, is_token)
     row = first_row + tl.arange(0, BLOCK_R)
-    _store_codes(out, head, place, row, row < num_rows, channel, is_channel, x, scale[:, None],
+    _store_codes(out, head, place, row, num_rows, channel, is_channel, x, scale[:, None],
                  zero[:, None], FORMAT, PLANES, BLOCK_R, BLOCK_C)
 
 
@@ -130,10 +139,11 @@ def _seal_values(
 def _seal(
     keys, values, page, out_keys, out_values, key_scale, key_zero, value_scale, value_zero,
     page_size, key_width, key_groups, key_blocks, group_width, row_blocks, value_blocks,
-    sketch_arguments, FORMAT: tl.constexpr, PLANES: tl.constexpr, KEY_R: tl.constexpr,
-    KEY_C: tl.constexpr, VALUE_R: tl.constexpr, VALUE_C: tl.constexpr, SKETCH: tl.constexpr,
+    sketch_arguments, KEY: tl.constexpr, VALUE: tl.constexpr, SKETCH: tl.constexpr,
 ):
     """Program (i, h, b): part b of buffer i, head h; parts are keys, then values, then sketch.
+
+    KEY and VALUE are FORMAT, PLANES, BLOCK_R and BLOCK_C.
 
     Example:
         2 key blocks, 4 value blocks, 1 sketch block: parts 0 1 | 2 3 4 5 | 6.
@@ -142,11 +152,11 @@ def _seal(
     place = tl.load(page + item)
     if (part < key_blocks) & (place >= 0):
         _seal_keys(keys, out_keys, key_scale, key_zero, place, head, item, part, page_size,
-                   key_width, key_groups, FORMAT, PLANES, KEY_R, KEY_C)
+                   key_width, key_groups, KEY[0], KEY[1], KEY[2], KEY[3])
     part -= key_blocks
     if (part >= 0) & (part < value_blocks) & (place >= 0):
         _seal_values(values, out_values, value_scale, value_zero, place, head, item, part,
-                     page_size, group_width, row_blocks, FORMAT, PLANES, VALUE_R, VALUE_C)
+                     page_size, group_width, row_blocks, VALUE[0], VALUE[1], VALUE[2], VALUE[3])
     if SKETCH is not None:
         part -= value_blocks
         if part >= 0:
@@ -187,29 +197,35 @@ def seal_page(
 
 def _tiling(
     keys: torch.Tensor, values: torch.Tensor, pages: tuple
-) -> tuple[dict[str, int], dict[str, int]]:
+) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
     """Sizes and constants of `_seal`: a tile has a page of keys or a group of values."""
     page_size, key_width = keys.shape[2:]
-    is_plain = pages.value_scale is None
-    kind = PLAIN if is_plain else FLOAT8 if pages.value_zero is None else AFFINE
-    num_rows = pages.keys.shape[2]
-    planes = page_size // num_rows
-    value_groups = 1 if is_plain else pages.value_scale.shape[3]
-    group_width = values.shape[3] // value_groups
-    key_r, key_c = tile_shape(page_size, planes, key_width)
+    key_format, key_planes = _format(pages.keys, pages.key_scale, page_size)
+    value_format, value_planes = _format(pages.values, pages.value_scale, page_size)
+    value_groups = 1 if pages.value_scale is None else pages.value_scale.shape[3]
+    group_width, num_rows = values.shape[3] // value_groups, page_size // value_planes
+    key_r, key_c = tile_shape(page_size, key_planes, key_width)
     value_c = triton.next_power_of_2(group_width)
-    value_r = min(triton.next_power_of_2(num_rows), max(1, TILE // (value_c * planes)))
+    value_r = min(triton.next_power_of_2(num_rows), max(1, TILE // (value_c * value_planes)))
     row_blocks = triton.cdiv(num_rows, value_r)
     sizes = {
         "page_size": page_size, "key_width": key_width,
-        "key_groups": 1 if is_plain else pages.key_scale.shape[2],
+        "key_groups": 1 if pages.key_scale is None else pages.key_scale.shape[2],
         "key_blocks": triton.cdiv(key_width, key_c), "group_width": group_width,
         "row_blocks": row_blocks, "value_blocks": value_groups * row_blocks,
     }
     return sizes, {
-        "FORMAT": kind.value, "PLANES": planes, "KEY_R": key_r, "KEY_C": key_c,
-        "VALUE_R": value_r, "VALUE_C": value_c,
+        "KEY": (key_format, key_planes, key_r, key_c),
+        "VALUE": (value_format, value_planes, value_r, value_c),
     }
+
+
+def _format(
+    numbers: torch.Tensor, scale: torch.Tensor | None, page_size: int
+) -> tuple[int, int]:
+    """FORMAT and the planes of a tile that is sealed."""
+    kind, planes = packing_of(numbers, scale, page_size)
+    return kind, 8 if kind == 3 else planes
 
 
 def _bits(pool: torch.Tensor) -> torch.Tensor:

@@ -27,26 +27,27 @@ class AttentionState(NamedTuple):
 class KVPages(NamedTuple):
     """Pages of S tokens as they are stored.
 
-    Plain pages are float32, bfloat16 or float16 numbers. Scaled pages are float8_e4m3fn, or uint8
-    that hold 8, 4 or 2 bits a number: x = q * scale + zero, without zero for float8. Keys have a
-    scale for each channel and group of S / G_k tokens, values one for each token and group of
-    r_v / G_v channels.
+    Keys and values are stored each in their own way: as plain float32, bfloat16 or float16
+    numbers, or scaled, as float8_e4m3fn or as uint8 that hold 8, 4, 3 or 2 bits a number:
+    x = q * scale + zero, without zero for float8. Keys have a scale for each channel and group of
+    S / G_k tokens, values one for each token and group of r_v / G_v channels.
 
     A byte holds 8 / bits tokens of one channel. Byte row i of a page has the tokens i, i + R,
     i + 2 R, ... from its lowest bits up, R = S * bits / 8 rows, so that a kernel unpacks a tile of
-    bytes into tiles of tokens.
+    bytes into tiles of tokens. Numbers of 3 bits are packed as their 2 lower bits, and behind them,
+    in further rows, as their highest bit.
 
     Example:
         S = 4 tokens of 2 bits, one channel: R = 1; tokens 3, 0, 2, 1 are one byte,
         3 + 0 * 4 + 2 * 16 + 1 * 64 = 99.
 
     Attributes:
-        keys: [ng, p, R, r_k].
-        values: [ng, p, R, r_v].
-        key_scale: [ng, p, G_k, r_k], float16; None for plain pages.
-        key_zero: like `key_scale`; None for plain and float8 pages.
-        value_scale: [ng, p, S, G_v], float16; None for plain pages.
-        value_zero: like `value_scale`; None for plain and float8 pages.
+        keys: [ng, p, R_k, r_k].
+        values: [ng, p, R_v, r_v].
+        key_scale: [ng, p, G_k, r_k], float16; None for plain keys.
+        key_zero: like `key_scale`; None for plain and float8 keys.
+        value_scale: [ng, p, S, G_v], float16; None for plain values.
+        value_zero: like `value_scale`; None for plain and float8 values.
         log_multiplicity: [p], float32, natural log of the number of tokens that each token of a
             page stands for, added to its logits; None: every token stands for itself.
     """
@@ -62,12 +63,17 @@ class KVPages(NamedTuple):
     @property
     def page_size(self) -> int:
         """S."""
-        return self.keys.shape[2] if self.value_scale is None else self.value_scale.shape[2]
+        return (self.values if self.value_scale is None else self.value_scale).shape[2]
 
     @property
-    def tokens_per_row(self) -> int:
-        """8 / bits: tokens in a stored row."""
-        return self.page_size // self.keys.shape[2]
+    def key_bits(self) -> int:
+        """Of a code, where keys are scaled."""
+        return 8 * self.keys.shape[2] // self.page_size
+
+    @property
+    def value_bits(self) -> int:
+        """Of a code, where values are scaled."""
+        return 8 * self.values.shape[2] // self.page_size
 
 
 class PageList(NamedTuple):
@@ -79,10 +85,6 @@ class PageList(NamedTuple):
         lens: [n, m], int32, tokens of the page that are read, its first ones.
         token_mask: [n, m, S], bool, False hides a token of those; None hides none.
         logit_bias: [n, sq, np], float32, added to every logit of these pages (affine codecs).
-        notes: what an operation on the host found out about `table`, `lens` and `token_mask`, so
-            that it need not look again: lists that differ in their pools only may share it.
-        is_finite: values of hidden tokens in the pages of `table` are finite numbers, so that a
-            weight of 0 makes them harmless; without it they may be anything, NaN too.
     """
 
     pages: KVPages
@@ -90,8 +92,6 @@ class PageList(NamedTuple):
     lens: Tensor
     token_mask: Tensor | None = None
     logit_bias: Tensor | None = None
-    notes: dict | None = None
-    is_finite: bool = False
 
 
 class MeanKeySketch(NamedTuple):

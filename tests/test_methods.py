@@ -15,9 +15,11 @@ NUM_NEW = 12
 
 
 def named(key: str, name: str) -> dict:
-    """The bare name of a method, under its key; a budget with a policy that it limits."""
+    """The bare name of a method, under its key; what it needs besides."""
     if key.startswith("codec."):
-        return {"codec": {key.removeprefix("codec."): name}}
+        # Numbers of 3 bits are packed by 8 tokens.
+        sizes = {"page_size": 8} if name == "int3" else {}
+        return {"codec": {key.removeprefix("codec."): name}} | sizes
     return {key: name} | ({"retention": "streaming"} if key == "budget" else {})
 
 
@@ -39,7 +41,7 @@ LOSSLESS = [
 
 
 def run_method(pg, fields: dict) -> dict:
-    config = PiKVConfig(**SMALL, **fields)
+    config = PiKVConfig(**SMALL | fields)
     lm = PiKVForCausalLM(build(pg, config), config, vocab_size=VOCAB)
     first = lm.generate(PROMPTS, max_new_tokens=NUM_NEW, keep_cache=True)
     stores = [layer.store for layer in lm.engine.context.layers.values()]

@@ -110,6 +110,8 @@ def test_wheel_holds_every_module(wheel_names):
     expected = {f"pikv_megatron/{p.relative_to(PACKAGE)}" for p in python_files(PACKAGE)}
     kernels = ROOT / "kernels"
     expected |= {f"pikv_kernels/{p.relative_to(kernels)}" for p in python_files(kernels)}
+    sources = {path.name for kind in ("*.cpp", "*.h") for path in (kernels / "cpu").glob(kind)}
+    assert sources and {f"pikv_kernels/cpu/{name}" for name in sources} <= wheel_names
     presets = ROOT / "configs/pikv"
     expected.add("pikv_megatron/presets/__init__.py")
     assert expected == {name for name in wheel_names if name.endswith(".py")}

@@ -71,9 +71,7 @@ class DecodePart:
         lens = torch.full((self.num_rows, 1), layout.size, dtype=torch.int32, device=device)
         # A row's new token is written before it is attended to.
         mask = layout.live(flushed, length).unsqueeze(1)
-        self.window_reads = PageList(
-            None, self.window_slots.unsqueeze(1), lens, mask, notes={}, is_finite=True
-        )
+        self.window_reads = PageList(None, self.window_slots.unsqueeze(1), lens, mask)
 
     @property
     def is_anywhere(self) -> bool:

@@ -60,7 +60,7 @@ class PageDirectory:
         self.sketch = self._sketcher.allocate(1)
         self.shard = torch.zeros(1, dtype=torch.int64, device=device)
         # What is listed changes with a flush only.
-        self._views: dict[tuple, tuple[Directory, torch.Tensor, dict]] = {}
+        self._views: dict[tuple, tuple[Directory, torch.Tensor]] = {}
 
     @property
     def keeps_means(self) -> bool:
@@ -110,13 +110,13 @@ class PageDirectory:
             num_columns: m.
         """
         if (key, num_columns) not in self._views:
-            self._views[key, num_columns] = *self._view(slots, num_columns), {}
-        directory, lens, notes = self._views[key, num_columns]
+            self._views[key, num_columns] = self._view(slots, num_columns)
+        directory, lens = self._views[key, num_columns]
 
         def judge(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             table = directory.table.flatten(1)
             return self._sketcher.logits(
-                query, self.sketch, table, lens, slots, self._softmax_scale, notes
+                query, self.sketch, table, lens, slots, self._softmax_scale
             )
 
         return Ask(query, directory, judge)

@@ -66,7 +66,7 @@ class PrefillPart:
         slot, flushed, length = torch.tensor(numbers, device=self._device).unsqueeze(1).unbind(0)
         lens = torch.full((1, 1), self._layout.size, dtype=torch.int32, device=self._device)
         mask = self._layout.live(flushed, length).unsqueeze(1)
-        return PageList(None, slot.unsqueeze(1), lens, mask, notes={}, is_finite=True)
+        return PageList(None, slot.unsqueeze(1), lens, mask)
 
     def last_tokens(self, num_tokens: int) -> list[list[slice]]:
         """The last `num_tokens` tokens of every row, fewer of a shorter one, by home rank."""

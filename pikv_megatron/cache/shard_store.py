@@ -263,7 +263,7 @@ class ShardStore:
         mask = None
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(self.pool.earlier_shards[pages], reads.visited)
-        return PageList(self.pool.kv, pages, is_read.int() * self.page_size, mask, notes={})
+        return PageList(self.pool.kv, pages, is_read.int() * self.page_size, mask)
 
     def _pages(
         self, reads: OwnerReads, num_columns: int
@@ -293,7 +293,7 @@ class ShardStore:
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(tensors["earlier"][table], visited)
         pages = KVPages(tensors["keys"], tensors["values"])
-        return PageList(pages, table, lens.int(), mask, notes={}, is_finite=True)
+        return PageList(pages, table, lens.int(), mask)
 
 
 def _is_first_replica(earlier: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:

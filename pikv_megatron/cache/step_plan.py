@@ -13,6 +13,7 @@ import torch
 from pikv_megatron.cache.decode_part import DecodePart
 from pikv_megatron.cache.flush_plan import flushed_after, plan_flush, plan_writes
 from pikv_megatron.cache.prefill_part import PrefillPart
+from pikv_megatron.cache.rotation import Rotation
 from pikv_megatron.cache.step_rows import RowsByRank, WindowLayout
 
 
@@ -76,22 +77,20 @@ class StepPlan:
         )
 
     def rotary(
-        self, table: torch.Tensor, mscale: float, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of this step's angles: the same for queries and keys, in every layer.
+        self, table: torch.Tensor, mscale: float, is_interleaved: bool, dtype: torch.dtype
+    ) -> Rotation:
+        """The rotation by this step's angles: the same for queries and keys, in every layer.
 
         Args:
             table: [positions, 1, 1, hn], angles; the model gives all its layers the same one.
-            mscale: factor on both.
-            dtype: of the result.
-
-        Returns:
-            Two of [t, 1, hn].
+            mscale: factor on what is rotated.
+            is_interleaved: channels 2 i and 2 i + 1 turn together, else i and i + hn / 2.
+            dtype: of what is rotated.
         """
         if self._rotary is None or self._rotary[0] is not table:
             angles = table[self.positions[: self.num_tokens], 0]
-            self._rotary = table, *((f(angles) * mscale).to(dtype) for f in (torch.cos, torch.sin))
-        return self._rotary[1:]
+            self._rotary = table, Rotation(angles, mscale, is_interleaved, dtype)
+        return self._rotary[1]
 
     def finish(self) -> None:
         """Move every sequence on, after the last layer."""

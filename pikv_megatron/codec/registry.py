@@ -2,11 +2,15 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from pikv_megatron.codec.codec import PageCodec
+from pikv_megatron.codec.format.float8 import Float8Options
+from pikv_megatron.codec.format.int2 import Int2Options
+from pikv_megatron.codec.format.int3 import Int3Options
 from pikv_megatron.codec.format.int4 import Int4Options
 from pikv_megatron.codec.format.int8 import Int8Options
+from pikv_megatron.codec.format.mixed import MixedOptions
 from pikv_megatron.codec.format.plain import PlainOptions
 from pikv_megatron.codec.transform.identity import IdentityOptions
 from pikv_megatron.codec.transform.svd import SVDOptions
@@ -14,7 +18,9 @@ from pikv_megatron.options import Options, family
 from pikv_megatron.types import KVShape
 
 Transform = family(IdentityOptions, SVDOptions)
-Format = family(PlainOptions, Int8Options, Int4Options)
+Format = family(
+    PlainOptions, Float8Options, Int8Options, Int4Options, Int3Options, Int2Options, MixedOptions
+)
 
 
 class CodecOptions(Options):
@@ -22,6 +28,13 @@ class CodecOptions(Options):
 
     transform: Transform = Field(IdentityOptions(), description="what is stored of a token")
     format: Format = Field(PlainOptions(), description="how its numbers are packed")
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _from_pair(cls, value: Any) -> Any:
+        """`{keys: int4, values: int2}` needs no name."""
+        is_pair = isinstance(value, dict) and value.keys() == {"keys", "values"}
+        return {"name": "mixed", **value} if is_pair else value
 
     def build(self, kv: KVShape, page_size: int, num_slots: int) -> PageCodec:
         """The codec of a layer, for `num_slots` sequences.

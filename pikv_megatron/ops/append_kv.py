@@ -5,7 +5,7 @@ Legend: ng KV heads, t tokens, p pages of the pool, S tokens a page, w_k and w_v
 
 import torch
 
-from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.backend import kernel_op
 
 
 def append_kv(
@@ -29,7 +29,7 @@ def append_kv(
         page: [t], int64; -1 loses the token. A (page, offset) is named once, or in the null page.
         offset: [t], int64, in [0, S).
     """
-    kernel = triton_op("append_kv", keys)
+    kernel = kernel_op("append_kv", keys)
     if kernel is not None:
         return kernel(keys, values, pool_keys, pool_values, page, offset)
     pool_keys[:, page, offset] = keys.to(pool_keys.dtype)  # -1 counts from the end

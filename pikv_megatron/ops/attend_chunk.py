@@ -1,10 +1,11 @@
 """Attention of many queries of one sequence, a piece of its prompt, to listed pages, on a CPU.
 
-With few queries, as in decoding, the logits of all tokens are small and one softmax over all of
-them is best. A prompt's piece has so many that they would not fit into any cache: torch's flash
-attention goes over each block of pages, and the blocks are merged by log-sum-exp.
+A decode step reads keys and values that no query shares. A prompt's piece has so many queries that
+products of matrices are best: torch's flash attention goes over each block of pages, unpacked, and
+the blocks are merged by log-sum-exp.
 
-Legend: sq query tokens, np query heads, ng KV heads, g = np / ng, r width, t tokens of a block.
+Legend: sq query tokens, np query heads, ng KV heads, g = np / ng, r width, c pages of a block of t
+tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from pikv_megatron.ops.dense_attention import empty_state
+from pikv_megatron.ops.expand_pages import expand_pages
 from pikv_megatron.ops.merge_states import merge_states
-from pikv_megatron.ops.page_blocks import PageBlock, page_blocks, read_keys, read_values
 from pikv_megatron.types import AttentionState, PageList
 
 MIN_QUERIES = 64
@@ -48,12 +49,12 @@ def _parts(
     heads: torch.Tensor, page_list: PageList, softmax_scale: float
 ) -> Iterator[AttentionState]:
     """Block by block, [1, sq, np, r]."""
-    for block in page_blocks(page_list, BLOCK_TOKENS):
-        keys, values = _tokens(page_list, block)
-        if keys.shape[1]:
-            keys, values = (
-                x.unsqueeze(1).expand(-1, heads.shape[1], -1, -1) for x in (keys, values)
-            )
+    step = max(1, BLOCK_TOKENS // page_list.pages.page_size)
+    for columns in (page_list.lens[0] > 0).nonzero().squeeze(1).split(step):
+        keys, values = (
+            x.unsqueeze(1).expand(-1, heads.shape[1], -1, -1) for x in _tokens(page_list, columns)
+        )
+        if keys.shape[2]:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 heads, keys, values, scale=softmax_scale
             )
@@ -63,16 +64,16 @@ def _parts(
             yield AttentionState(out.unsqueeze(0), lse.unsqueeze(0))
 
 
-def _tokens(page_list: PageList, block: PageBlock) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the tokens of a block that are read, [ng, t, r], float32."""
-    shown = None if block.hidden is None else (~block.hidden[0]).nonzero().squeeze(1)
-    keys = _joined([x.transpose(1, 2) for x in read_keys(page_list, block)], shown)
-    is_in_place = block.run is not None and page_list.pages.keys.dtype == torch.float32
-    if shown is None and not is_in_place:
-        keys = keys.clone()  # values are read into the same memory
-    return keys, _joined(read_values(page_list, block, torch.float32), shown)
-
-
-def _joined(heads: list[torch.Tensor], shown: torch.Tensor | None) -> torch.Tensor:
-    joined = heads[0] if len(heads) == 1 else torch.cat(heads)
-    return joined if shown is None else joined.index_select(1, shown)
+def _tokens(
+    page_list: PageList, columns: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the tokens of columns [c] that are read, [ng, t, r], float32."""
+    page_size = page_list.pages.page_size
+    shown = torch.arange(page_size) < page_list.lens[0, columns].unsqueeze(1)
+    if page_list.token_mask is not None:
+        shown &= page_list.token_mask[0, columns]
+    numbers = (x.flatten(1, 2) for x in expand_pages(page_list.pages, page_list.table[0, columns]))
+    if shown.all():
+        return tuple(numbers)
+    place = shown.flatten().nonzero().squeeze(1)
+    return tuple(x.index_select(1, place) for x in numbers)

@@ -1,19 +1,16 @@
 """Attention over pages as wholes: each has an estimated logit and the mean of its values.
 
+The torch version serves where no kernel does.
+
 Legend: n sequences, np query heads, ng KV heads, g = np / ng, m pages listed for a sequence, p rows
-of the mean values, w their width, r sequences and b columns of a block.
+of the mean values, w their width.
 """
 
 import torch
 
-from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.backend import kernel_op
 from pikv_megatron.ops.dense_attention import empty_state
-from pikv_megatron.ops.listed_rows import run_of, table_blocks, take_rows
-from pikv_megatron.ops.workspace import scratch
 from pikv_megatron.types import AttentionState
-
-# Mean values are gathered and converted through a reused block.
-BLOCK_BYTES = 4 << 20
 
 
 @torch.no_grad()
@@ -40,7 +37,7 @@ def attend_means(
         Logits 0, log 3 and 7, the last not in the tail, mean values 1, 5 and 9: out
         (1 + 3 * 5) / 4 = 4, lse log 4.
     """
-    kernel = triton_op("attend_means", logit)
+    kernel = kernel_op("attend_means", logit)
     if kernel is not None:
         return AttentionState(*kernel(logit, is_tail, mean_value, table))
     num_groups, width = mean_value.shape[0], mean_value.shape[2]
@@ -48,15 +45,9 @@ def attend_means(
         return empty_state(logit.unsqueeze(1), width)
     weight, lse = _weights(logit, is_tail)
     weight = weight.unflatten(1, (num_groups, -1)).transpose(0, 1)  # [ng, n, g, m]
-    out = weight.new_zeros(*weight.shape[:3], width)
-    # A weight of 0 does not help against NaN: no other pages than those of the tail are read.
-    table = torch.where(is_tail, table, table.gather(1, is_tail.byte().argmax(1, keepdim=True)))
-    for rows, columns in table_blocks(*table.shape, 4 * num_groups * width, BLOCK_BYTES):
-        own = table[rows, columns]
-        values = _as_float(take_rows("listed values", mean_value, run_of(own), len(own)))
-        part = torch.bmm(weight[:, rows, :, columns].flatten(0, 1), values)
-        out[:, rows] += part.unflatten(0, (num_groups, -1))
-    out = out.transpose(0, 1).flatten(1, 2).masked_fill_((lse == -torch.inf).unsqueeze(2), 0.0)
+    # A weight of 0 does not help against NaN.
+    values = mean_value[:, table].float().masked_fill(~is_tail.unsqueeze(2), 0.0)
+    out = torch.matmul(weight, values).transpose(0, 1).flatten(1, 2)
     return AttentionState(out.unsqueeze(1), lse.unsqueeze(1))
 
 
@@ -66,9 +57,3 @@ def _weights(logit: torch.Tensor, is_tail: torch.Tensor) -> tuple[torch.Tensor, 
     lse = torch.logsumexp(logit, dim=2)
     anchor = lse.masked_fill(lse == -torch.inf, 0.0)
     return logit.sub_(anchor.unsqueeze(2)).exp_(), lse
-
-
-def _as_float(rows: torch.Tensor) -> torch.Tensor:
-    if rows.dtype == torch.float32:
-        return rows
-    return scratch("mean values", rows.shape, torch.float32, rows.device).copy_(rows)

@@ -20,21 +20,29 @@ def expand_pages(pages: KVPages, page: torch.Tensor) -> tuple[torch.Tensor, torc
     Returns:
         Keys [ng, c, S, r_k] and values [ng, c, S, r_v], float32.
     """
-    keys, values = (_codes(pool, page, pages) for pool in (pages.keys, pages.values))
-    if pages.value_scale is None:
-        return keys, values
-    by_token = keys.unflatten(2, (pages.key_scale.shape[2], -1))
-    by_channel = values.unflatten(3, (pages.value_scale.shape[3], -1))
-    by_token *= pages.key_scale[:, page].float().unsqueeze(3)
-    by_channel *= pages.value_scale[:, page].float().unsqueeze(4)
-    if pages.value_zero is not None:
-        by_token += pages.key_zero[:, page].float().unsqueeze(3)
-        by_channel += pages.value_zero[:, page].float().unsqueeze(4)
-    return by_token.flatten(2, 3), by_channel.flatten(3, 4)
+    keys = _codes(pages.keys[:, page], pages.key_scale, pages.key_bits)
+    values = _codes(pages.values[:, page], pages.value_scale, pages.value_bits)
+    if pages.key_scale is not None:
+        groups = keys.unflatten(2, (pages.key_scale.shape[2], -1))
+        keys = _scaled(groups, pages.key_scale, pages.key_zero, page, 3)
+    if pages.value_scale is not None:
+        groups = values.unflatten(3, (pages.value_scale.shape[3], -1))
+        values = _scaled(groups, pages.value_scale, pages.value_zero, page, 4)
+    return keys, values
 
 
-def _codes(pool: torch.Tensor, page: torch.Tensor, pages: KVPages) -> torch.Tensor:
-    stored = pool[:, page]
-    if pages.tokens_per_row > 1:
-        stored = unpack(stored, 8 // pages.tokens_per_row)
-    return stored.float()
+def _codes(stored: torch.Tensor, scale: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """Stored numbers as float32, not yet scaled."""
+    is_packed = scale is not None and bits < 8
+    return (unpack(stored, bits) if is_packed else stored).float()
+
+
+def _scaled(
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, page: torch.Tensor,
+    dim: int,
+) -> torch.Tensor:
+    """Numbers whose groups lie along `dim`."""
+    groups = groups * scale[:, page].float().unsqueeze(dim)
+    if zero is not None:
+        groups += zero[:, page].float().unsqueeze(dim)
+    return groups.flatten(dim - 1, dim)

@@ -6,7 +6,7 @@ Legend: ng KV heads, c full buffers, p rows of the sketch, S tokens a page, w wi
 
 import torch
 
-from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.backend import kernel_op
 from pikv_megatron.ops.packing import pack, quantise
 from pikv_megatron.types import BoundingBoxSketch, LowRankSketch, MeanKeySketch, PageSketch
 
@@ -40,7 +40,7 @@ def make_sketch(
             f"sketch.low is {sketch.low.dtype} and keys are {keys.dtype}: rounded boxes would not "
             "contain their keys; allocate the sketch in the dtype of the keys"
         )
-    kernel = triton_op("make_sketch", keys)
+    kernel = kernel_op("make_sketch", keys)
     if kernel is not None:
         return kernel(keys, sketch, page, residual)
     fields = _sketch(keys, sketch, residual)

@@ -2,7 +2,7 @@
 
 import torch
 
-from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.backend import kernel_op
 from pikv_megatron.types import AttentionState
 
 
@@ -19,7 +19,7 @@ def merge_states(out: torch.Tensor, lse: torch.Tensor) -> AttentionState:
     Example:
         Two parts with o = 1 and o = 3 and equal l = 0 merge to o = 2, l = log 2.
     """
-    kernel = triton_op("merge_states", out)
+    kernel = kernel_op("merge_states", out)
     if kernel is not None:
         return AttentionState(*kernel(out, lse))
     total = torch.logsumexp(lse, dim=0)

@@ -1,4 +1,4 @@
-"""Quantisation to 8, 4 or 2 bits or float8, and the packing that `KVPages` and sketches use.
+"""Quantisation to 8, 4, 3 or 2 bits or float8, and the packing that `KVPages` and sketches use.
 
 Scales and zero points are float16. Both are rounded outwards, so that the lowest number of a group
 is never below its zero point and the highest never above its last code: a number and what is
@@ -20,7 +20,7 @@ def quantise(
 
     Args:
         x: any floating dtype; magnitudes beyond float16's 65504 saturate.
-        bits: 8, 4 or 2.
+        bits: 8, 4, 3 or 2.
         dim: the dimension of a group.
 
     Returns:
@@ -74,7 +74,13 @@ def ceil_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """[..., S, r] of `bits` bits -> [..., S * bits / 8, r]; byte row i has tokens i, i + R, ..."""
+    """[..., S, r] of `bits` bits -> [..., S * bits / 8, r]; byte row i has tokens i, i + R, ...
+
+    Example:
+        3 bits, 8 tokens: two rows of their 2 lower bits, then one row of their highest bit.
+    """
+    if bits == 3:
+        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=-2)
     planes = codes.unflatten(-2, (8 // bits, -1)).unbind(-3)
     packed = planes[0].clone()
     for order, plane in enumerate(planes[1:], start=1):
@@ -84,6 +90,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """[..., R, r] -> [..., S, r], uint8 codes: the inverse of `pack`."""
+    if bits == 3:
+        rows = packed.shape[-2]
+        low, high = packed.split([rows // 3 * 2, rows // 3], dim=-2)
+        return unpack(low, 2) | unpack(high, 1) << 2
     mask = 2**bits - 1
     planes = [(packed >> shift) & mask for shift in range(0, 8, bits)]
     return torch.cat(planes, dim=-2)

@@ -2,7 +2,7 @@
 
 import torch
 
-from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.backend import kernel_op
 
 
 def project(
@@ -26,7 +26,7 @@ def project(
     Example:
         Four heads, two groups, widths 1, bases 2 and 3, x = 1, 1, 1, 1: y = 2, 2, 3, 3.
     """
-    kernel = triton_op("project", x)
+    kernel = kernel_op("project", x)
     if kernel is not None:
         return kernel(x, basis, bias)
     num_groups, w_in, w_out = basis.shape

@@ -2,7 +2,7 @@
 
 import torch
 
-from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.backend import kernel_op
 
 MAX_SHARDS = 1024
 
@@ -36,7 +36,7 @@ def route_topk(
         raise ValueError(f"k is {k}: a query visits at least one shard, so k must be 1 or more")
     if num_shards > MAX_SHARDS:
         raise ValueError(f"{num_shards} shards: route_topk ranks at most {MAX_SHARDS}")
-    kernel = triton_op("route_topk", x)
+    kernel = kernel_op("route_topk", x)
     if kernel is not None:
         return kernel(x, penalty, k, gate)
     logits = x.float() if gate is None else x.float() @ gate.float().T

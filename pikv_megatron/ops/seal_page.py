@@ -6,7 +6,7 @@ widths, w width of what is sketched, G_k and G_v scales along tokens (keys) and 
 
 import torch
 
-from pikv_megatron.ops.backend import triton_op
+from pikv_megatron.ops.backend import kernel_op
 from pikv_megatron.ops.make_sketch import make_sketch
 from pikv_megatron.ops.packing import pack, quantise, quantise_float8
 from pikv_megatron.types import KVPages, PageSketch
@@ -24,8 +24,8 @@ def seal_page(
 ) -> None:
     """Quantise and pack buffer i, write it to page[i] of the pool, in place, and sketch it.
 
-    What a page is stored as is read off `pages`: plain, float8 or 8, 4 or 2 bits. Keys are
-    quantised per channel, values per token, each in groups (KIVI, arXiv 2402.02750).
+    What keys and values are stored as is read off `pages`: plain, float8 or 8, 4, 3 or 2 bits. Keys
+    are quantised per channel, values per token, each in groups (KIVI, arXiv 2402.02750).
     `log_multiplicity` is the caller's.
 
     The sketch is the same as `make_sketch` makes; here it costs no launch of its own. Both exist
@@ -41,7 +41,7 @@ def seal_page(
         sketch_keys: [ng, c, S, w], what is sketched; None: `keys`.
         residual: [ng, c], see `make_sketch`.
     """
-    kernel = triton_op("seal_page", keys)
+    kernel = kernel_op("seal_page", keys)
     if kernel is not None:
         return kernel(keys, values, pages, page, sketch, sketch_page, sketch_keys, residual)
     place = torch.where(page < 0, pages.keys.shape[1] - 1, page)
@@ -57,20 +57,27 @@ def _encode(
     keys: torch.Tensor, values: torch.Tensor, pages: KVPages
 ) -> dict[str, torch.Tensor]:
     """The fields of `KVPages` for these buffers, each [ng, c, ...]."""
-    if pages.value_scale is None:
-        return {"keys": keys, "values": values}
-    key_groups = keys.unflatten(2, (pages.key_scale.shape[2], -1))
-    value_groups = values.unflatten(3, (pages.value_scale.shape[3], -1))
-    parts = {}
-    for name, x, dim in (("key", key_groups, 3), ("value", value_groups, 4)):
-        if pages.value_zero is None:
-            codes, scale = quantise_float8(x, dim)
-        else:
-            codes, scale, zero = quantise(x, 8 // pages.tokens_per_row, dim)
-            parts[f"{name}_zero"] = zero.squeeze(dim)
-        parts[f"{name}_scale"] = scale.squeeze(dim)
-        parts[f"{name}s"] = codes.flatten(dim - 1, dim)
-    if pages.tokens_per_row > 1:
-        for name in ("keys", "values"):
-            parts[name] = pack(parts[name], 8 // pages.tokens_per_row)
+    parts = {"keys": keys, "values": values}
+    if pages.key_scale is not None:
+        groups = keys.unflatten(2, (pages.key_scale.shape[2], -1))
+        parts |= _quantised("key", groups, 3, None if pages.key_zero is None else pages.key_bits)
+    if pages.value_scale is not None:
+        groups = values.unflatten(3, (pages.value_scale.shape[3], -1))
+        bits = None if pages.value_zero is None else pages.value_bits
+        parts |= _quantised("value", groups, 4, bits)
     return parts
+
+
+def _quantised(
+    name: str, groups: torch.Tensor, dim: int, bits: int | None
+) -> dict[str, torch.Tensor]:
+    """Codes, scales and zero points of groups that lie along `dim`; None bits: float8."""
+    if bits is None:
+        codes, scale = quantise_float8(groups, dim)
+        return {f"{name}s": codes.flatten(dim - 1, dim), f"{name}_scale": scale.squeeze(dim)}
+    codes, scale, zero = quantise(groups, bits, dim)
+    codes = codes.flatten(dim - 1, dim)
+    return {
+        f"{name}s": codes if bits == 8 else pack(codes, bits),
+        f"{name}_scale": scale.squeeze(dim), f"{name}_zero": zero.squeeze(dim),
+    }

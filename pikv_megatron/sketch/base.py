@@ -53,15 +53,15 @@ class PageSketcher(ABC):
 
     def logits(
         self, query: torch.Tensor, sketch: PageSketch, table: torch.Tensor, lens: torch.Tensor,
-        slots: torch.Tensor, softmax_scale: float, notes: dict | None = None,
+        slots: torch.Tensor, softmax_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the pages table [n, m] would give to query [n, np, hn]; `notes` as of `score_pages`.
+        """What the pages table [n, m] would give to query [n, np, hn].
 
         Returns:
             [n, np, m], estimate of the log of a page's summed exponentials, -inf where `lens` is 0;
             and [n, m], the mean over heads of their softmax over the listed pages.
         """
-        scores = score_pages(query, sketch, table, lens, 0, softmax_scale, "mass", notes=notes)
+        scores = score_pages(query, sketch, table, lens, 0, softmax_scale, "mass")
         return scores.logit, scores.score
 
     def tensors(self) -> list[torch.Tensor]:

@@ -101,13 +101,11 @@ class LowRankSketcher(PageSketcher):
         basis = self._basis[slots].transpose(0, 1)
         make_sketch(torch.matmul(keys.float() - mean.unsqueeze(2), basis), sketch.tokens, page)
 
-    def logits(self, query, sketch, table, lens, slots, softmax_scale, notes=None):
+    def logits(self, query, sketch, table, lens, slots, softmax_scale):
         heads = query.float().unflatten(1, (self.kv.num_groups, -1))  # [n, ng, g, hn]
         projected = torch.matmul(heads, self._basis[slots]).flatten(1, 2)
         logit = sum(
-            score_pages(
-                x, part, table, lens, 0, softmax_scale, statistic, notes=notes
-            ).logit
+            score_pages(x, part, table, lens, 0, softmax_scale, statistic).logit
             for x, part, statistic in (
                 (projected, sketch.tokens, "mass"), (query, MeanKeySketch(sketch.mean), "best")
             )

@@ -6,7 +6,6 @@ heads, hn head width, h hidden size.
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from megatron.core.transformer.attention import SelfAttention
 
 from pikv_megatron.config import PiKVConfig
@@ -69,26 +68,24 @@ class PiKVSelfAttention(SelfAttention):
         return self.linear_proj(output)
 
     def _rotate(self, query, key, rotary_pos_emb, plan):
-        """RoPE at each row's own positions; keys are stored rotated."""
+        """RoPE (arXiv 2104.09864) at each row's own positions; keys are stored rotated."""
         no_rope = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
         if rotary_pos_emb is None or no_rope:
             return query, key
-        if not isinstance(rotary_pos_emb, tuple):
-            rotary_pos_emb = (rotary_pos_emb, rotary_pos_emb)
-        return tuple(
-            t if table is None else self._rotate_one(t, table, plan)
-            for t, table in zip((query, key), rotary_pos_emb)
-        )
-
-    def _rotate_one(self, tensor, table, plan):
+        if isinstance(rotary_pos_emb, tuple):
+            query_table, key_table = rotary_pos_emb
+            if query_table is not key_table:
+                raise ValueError(
+                    "rotary_pos_emb: different angles for queries and keys are not supported "
+                    "under PiKV"
+                )
+            rotary_pos_emb = query_table
+            if rotary_pos_emb is None:
+                return query, key
         mscale = _yarn_get_concentration_factor_from_config(self.config)
-        cos, sin = plan.rotary(table, mscale, tensor.dtype)
-        width = cos.shape[2]
-        whole = width == tensor.shape[2]
-        part = tensor if whole else tensor[..., :width]
-        turned = _rotate_half(part.unsqueeze(1), self.config.rotary_interleaved).squeeze(1)
-        rotated = part * cos + turned * sin
-        return rotated if whole else torch.cat([rotated, tensor[..., width:]], dim=2)
+        rotation = plan.rotary(rotary_pos_emb, mscale, self.config.rotary_interleaved, query.dtype)
+        heads = rotation.apply(torch.cat([query, key], dim=1))
+        return heads.split([query.shape[1], key.shape[1]], dim=1)
 
 
 def _by_row(x: torch.Tensor, num_tokens: int) -> torch.Tensor:

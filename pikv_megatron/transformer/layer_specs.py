@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.transformer.attention import PiKVSelfAttention
+from pikv_megatron.transformer.plain_linears import PLAIN
 from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
 from pikv_megatron.runtime.norms import (
     FittingNorm,
@@ -54,6 +55,9 @@ def _swap(layer: ModuleSpec, pikv_config: PiKVConfig) -> ModuleSpec:
     if getattr(submodules, "cross_attention", IdentityOp) is not IdentityOp:
         raise ValueError("cross_attention is not supported under PiKV")
     attention.module = PiKVSelfAttention
+    for name in ("linear_qkv", "linear_proj"):
+        linear = getattr(attention.submodules, name)
+        setattr(attention.submodules, name, PLAIN.get(linear, linear))
     attention.params = {**(attention.params or {}), "pikv_config": pikv_config}
     layer.module = pikv_layer_class(layer.module)
     fit_layer_norms(layer)

@@ -83,7 +83,7 @@ def test_inputs_follow_from_the_seed():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--tokens", "65"], "--tokens 65: must be a multiple of 8 pages of 8"),
-    (["--page-sizes", "6"], "--page-sizes 6: must be a multiple of 4"),
+    (["--page-sizes", "6"], "--page-sizes 6: must be a multiple of 8"),
     (["--ops", "softmax"], "--ops"),
     (["--threads", "0"], "--threads"),
     (["--seed", "-1"], "--seed"),

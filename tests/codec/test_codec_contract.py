@@ -76,30 +76,41 @@ def test_the_svd_leaves_what_the_formula_says():
                 torch.testing.assert_close(error, right, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("packing, tolerance", [("plain", 0.0), ("int8", 0.02), ("int4", 0.3)])
-def test_formats_restore_numbers_to_half_a_step(packing, tolerance):
+@pytest.mark.parametrize("packing, keys, values", [
+    ("plain", 0.0, 0.0), ("float8", 0.2, 0.2), ("int8", 0.02, 0.02), ("int4", 0.3, 0.3),
+    ("int3", 0.5, 0.5), ("int2", 1.0, 1.0), ({"keys": "int8", "values": "int3"}, 0.02, 0.5),
+    ({"keys": "int4", "values": "plain"}, 0.3, 0.0),
+])
+def test_formats_restore_numbers_to_half_a_step(packing, keys, values):
     codec, pool = sealed_pool("identity", packing)
-    for restored, whole in zip(codec.restore(pool, PAGE, SLOTS), (KEYS, VALUES)):
-        assert (restored - whole).abs().max() <= tolerance
+    restored = codec.restore(pool, PAGE, SLOTS)
+    for part, whole, tolerance in zip(restored, (KEYS, VALUES), (keys, values)):
+        assert tolerance / 4 <= (part - whole).abs().max() <= tolerance
 
 
 def bytes_of(codec, num_pages: int) -> int:
-    return sum(t.nbytes for t in codec.allocate(num_pages) if t is not None)
+    """Of pages and of all that is kept besides."""
+    tensors = [t for t in codec.allocate(num_pages) if t is not None]
+    return sum(t.nbytes for t in [*tensors, *codec.tensors()])
 
 
 @pytest.mark.parametrize("fields, factor", [
-    ({"format": "int8"}, 1.8), ({"format": "int4"}, 3.2), ({"transform": "svd"}, 2.0),
-    ({"transform": "svd", "format": "int4"}, 5.5),
+    ({"format": "float8"}, 1.8), ({"format": "int8"}, 1.8), ({"format": "int4"}, 3.2),
+    ({"format": "int3"}, 4.0), ({"format": "int2"}, 5.3), ({"format": "mixed"}, 4.0),
+    ({"transform": "svd"}, 1.9), ({"transform": "svd", "format": "int4"}, 5.5),
 ])
 def test_saved_bytes_are_saved(fields, factor):
+    """One sequence of 8,192 tokens, whose bases are counted, too."""
     kv = KVShape(8, 128, 128, torch.bfloat16, torch.device("cpu"))
-    plain, packed = (CodecOptions(**f).build(kv, 64, 0) for f in ({}, fields))
-    assert bytes_of(plain, 10) >= factor * bytes_of(packed, 10)
+    plain, packed = (CodecOptions(**f).build(kv, 64, 1) for f in ({}, fields))
+    assert bytes_of(plain, 128) >= factor * bytes_of(packed, 128)
 
 
 @pytest.mark.parametrize("fields, page_size, named", [
     ({"transform": {"name": "svd", "rank": 17}}, 8, "codec.transform.rank 17"),
     ({"format": "int4"}, 7, "page_size 7 must be a multiple of 2"),
+    ({"format": "int3"}, 12, "page_size 12 must be a multiple of 8"),
+    ({"format": {"keys": "int8", "values": "int2"}}, 6, "page_size 6 must be a multiple of 4"),
 ])
 def test_what_does_not_fit_is_refused(fields, page_size, named):
     with pytest.raises(ValueError, match=named):

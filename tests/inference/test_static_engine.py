@@ -36,9 +36,8 @@ def generate_with_methods(expert_parallel_size: int) -> dict[str, bool]:
         prompts = [[(7 * i + j) % (VOCAB - 1) + 1 for i in range(50)] for j in range(2)]
         texts = [" ".join(map(str, prompt)) for prompt in prompts]
         for name, fields in METHODS.items():
-            config = PiKVConfig(
-                page_size=4, window=4, num_sinks=1, flush_interval=2, token_shards=4, **fields
-            )
+            sizes = dict(page_size=4, window=4, num_sinks=1, flush_interval=2, token_shards=4)
+            config = PiKVConfig(**sizes | fields)
             model = build(pg, config)
             context = PiKVInferenceContext.for_model(model, config, 4, 64)
             tokens = engine_tokens(model, context, texts, VOCAB)

@@ -13,7 +13,7 @@ from pikv_megatron.types import KVPages, PageList
 GUARD = 256
 
 
-@pytest.mark.parametrize("payload", ["float32", "float8", "int2"])
+@pytest.mark.parametrize("payload", ["float32", "float8", "int2", "int3", "int4/int2"])
 def test_nothing_is_written_around_the_results(triton_kernel, device, payload, monkeypatch):
     """Every output and workspace lies in the middle of a larger buffer."""
     lists = (ListSpec(payload, 8, 70, 1, 1, True, True, True), ListSpec(payload, 8, 0, 1, 1))

@@ -14,6 +14,7 @@ from pikv_kernels import decode_attention, merge_states  # noqa: E402
 
 CASES = [
     ("float32", torch.bfloat16, 80), ("float8", torch.float16, 80), ("int8", torch.bfloat16, 90),
+    ("int3", torch.bfloat16, 80), ("int4/int2", torch.bfloat16, 90),
 ]
 
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import hypothesis.strategies as st
 import torch
+from payloads import PAYLOADS, PLAIN, bits_of, sides, together
 
 from pikv_megatron.types import (
     BoundingBoxSketch,
@@ -14,7 +15,6 @@ from pikv_megatron.types import (
 )
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-PAYLOADS = ("float32", "bfloat16", "float16", "float8", "int8", "int4", "int2")
 SKETCHES = ("mean", "box", "low rank 2", "low rank 4")
 
 
@@ -70,10 +70,6 @@ class PageSpec(NamedTuple):
     dtype: torch.dtype
     seed: int
 
-    @property
-    def planes(self) -> int:
-        return {"int4": 2, "int2": 4}.get(self.payload, 1)
-
 
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
@@ -82,7 +78,7 @@ def divisors(number: int) -> list[int]:
 @st.composite
 def page_specs(draw, page_sizes=(1, 3, 8, 12, 16, 63, 64, 500), max_groups=4) -> PageSpec:
     payload, sketch = draw(st.sampled_from(PAYLOADS)), draw(st.sampled_from(SKETCHES))
-    step = max({"int4": 2, "int2": 4}.get(payload, 1), {"2": 4, "4": 2}.get(sketch[-1], 1))
+    step = max(together(payload), {"2": 4, "4": 2}.get(sketch[-1], 1))
     page_size = draw(st.sampled_from([s for s in page_sizes if s % step == 0]))
     widths = st.sampled_from([16, 20, 33, 64, 80, 128, 256] if page_size < 100 else [16, 33])
     value_width = draw(widths)
@@ -127,21 +123,25 @@ def empty_pages(
 ) -> tuple[KVPages, list[Guarded]]:
     """A poisoned pool."""
     heads, size = (spec.num_groups, num_pages), spec.page_size
-    widths = (spec.key_width, spec.value_width)
-    if spec.payload in ("float32", "bfloat16", "float16"):
-        dtype = getattr(torch, spec.payload)
-        pools = [guarded((*heads, size, w), dtype, device) for w in widths]
-        return KVPages(*[pool.view for pool in pools]), pools
-    dtype = torch.float8_e4m3fn if spec.payload == "float8" else torch.uint8
-    pools = [guarded((*heads, size // spec.planes, w), dtype, device) for w in widths]
-    shapes = ((*heads, spec.key_groups, widths[0]), (*heads, size, spec.value_groups))
-    scales = [guarded(shape, torch.float16, device) for shape in shapes]
-    if spec.payload == "float8":
-        fields = [pool.view for pool in pools + scales]
-        return KVPages(*fields[:3], None, fields[3], None), pools + scales
-    zeros = [guarded(shape, torch.float16, device) for shape in shapes]
-    pools += [scales[0], zeros[0], scales[1], zeros[1]]
-    return KVPages(*[pool.view for pool in pools]), pools
+    key, value = sides(spec.payload)
+    keys = _empty_side(key, heads, size, spec.key_width, (spec.key_groups, spec.key_width), device)
+    values = _empty_side(value, heads, size, spec.value_width, (size, spec.value_groups), device)
+    fields = [None if pool is None else pool.view for pool in (
+        keys[0], values[0], *keys[1:], *values[1:]
+    )]
+    return KVPages(*fields), [pool for pool in (*keys, *values) if pool is not None]
+
+
+def _empty_side(
+    side: str, heads: tuple[int, int], page_size: int, width: int, scales: tuple[int, int], device
+) -> tuple[Guarded | None, ...]:
+    """Numbers, scales and zero points of keys, or of values."""
+    if side in PLAIN:
+        return guarded((*heads, page_size, width), getattr(torch, side), device), None, None
+    dtype = torch.float8_e4m3fn if side == "float8" else torch.uint8
+    numbers = guarded((*heads, page_size * bits_of(side) // 8, width), dtype, device)
+    scale, zero = (guarded((*heads, *scales), torch.float16, device) for _ in range(2))
+    return numbers, scale, None if side == "float8" else zero
 
 
 def empty_sketch(

@@ -25,9 +25,12 @@ def expand(
     token = torch.arange(pages.page_size, device=pool.device)
     channel = torch.arange(pool.shape[3], device=pool.device)
     if pool.dtype == torch.uint8:
-        bits, num_rows = 8 // pages.tokens_per_row, pool.shape[2]
-        shift = (token // num_rows * bits)[:, None]
-        numbers = ((pool[:, :, token % num_rows].long() >> shift) % 2**bits).double()
+        bits = 8 * pool.shape[2] // pages.page_size
+        if bits == 3:
+            low, high = pool.long().split([pages.page_size // 4, pages.page_size // 8], dim=2)
+            numbers = (_bits(low, token, 2) + 4 * _bits(high, token, 1)).double()
+        else:
+            numbers = _bits(pool.long(), token, bits).double()
     else:
         numbers = pool.double()[:, :, token]
     at = (slice(None), slice(None), (token // groups[0])[:, None], (channel // groups[1])[None])
@@ -35,11 +38,18 @@ def expand(
     return numbers if zero is None else numbers + zero.double()[at]
 
 
+def _bits(rows: torch.Tensor, token: torch.Tensor, bits: int) -> torch.Tensor:
+    """Tokens of `bits` bits from rows [ng, p, R, r] of integers."""
+    shift = (token // rows.shape[2] * bits)[:, None]
+    return (rows[:, :, token % rows.shape[2]] >> shift) % 2**bits
+
+
 def expand_pages(pages: KVPages) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [ng, p, S, r_k] and values [ng, p, S, r_v], float64."""
     key_tokens, channels = 1, 1
     if pages.key_scale is not None:
         key_tokens = pages.page_size // pages.key_scale.shape[2]
+    if pages.value_scale is not None:
         channels = pages.values.shape[3] // pages.value_scale.shape[3]
     return (
         expand(pages.keys, pages.key_scale, pages.key_zero, pages, (key_tokens, 1)),

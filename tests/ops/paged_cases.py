@@ -5,10 +5,10 @@ from typing import NamedTuple
 import hypothesis.strategies as st
 import torch
 from oracle import is_read
+from payloads import PAYLOADS, PLAIN, bits_of, sides, together
 
 from pikv_megatron.types import KVPages, PageList
 
-PAYLOADS = ("float32", "bfloat16", "float16", "float8", "int8", "int4", "int2")
 GUARD = 2
 
 
@@ -57,7 +57,7 @@ def divisors(number: int) -> list[int]:
 @st.composite
 def list_specs(draw, value_width: int, max_tokens: int, payloads=PAYLOADS) -> ListSpec:
     payload = draw(st.sampled_from(payloads))
-    step = {"int4": 2, "int2": 4}.get(payload, 1)
+    step = together(payload)
     page_size = draw(st.sampled_from([s for s in (1, 3, 4, 8, 16, 63, 64) if s % step == 0]))
     return ListSpec(
         payload, page_size,
@@ -128,34 +128,39 @@ def _pages(spec: CaseSpec, each: ListSpec, used: torch.Tensor, rng) -> KVPages:
     if each.has_multiplicity:
         multiplicity = torch.randint(1, 5, (num_pages,), generator=rng).float().log()
         multiplicity[~used.any(1)] = torch.nan
-    widths = (spec.key_width, spec.value_width)
-    shapes = [(spec.num_groups, num_pages, size, r) for r in widths]
-    if each.payload in ("float32", "bfloat16", "float16"):
-        dtype = getattr(torch, each.payload)
-        pools = [_poison(torch.randn(s, generator=rng).to(dtype), used) for s in shapes]
-        return KVPages(*pools, log_multiplicity=multiplicity)
-    is_float8 = each.payload == "float8"
-    bits = 8 if is_float8 else int(each.payload[3:])
-    if is_float8:
-        pools = [_poison(torch.randn(s, generator=rng), used).to(torch.float8_e4m3fn)
-                 for s in shapes]
-    else:
-        pools = [torch.randint(0, 256, (*s[:2], size * bits // 8, s[3]), generator=rng)
-                 .to(torch.uint8) for s in shapes]
     groups = used.view(num_pages, each.key_groups, -1).any(2)
-    scale_shapes = (
-        (spec.num_groups, num_pages, each.key_groups, spec.key_width),
-        (spec.num_groups, num_pages, size, each.value_groups),
+    key, value = sides(each.payload)
+    keys = _side(
+        key, (spec.num_groups, num_pages, size, spec.key_width),
+        (each.key_groups, spec.key_width), used, groups, rng,
     )
-    step = 1.0 if is_float8 else 3.0 / 2**bits
-    scales = [((torch.rand(s, generator=rng) + 0.5) * step).half() for s in scale_shapes]
-    zeros = [torch.randn(s, generator=rng).sub(1.5).half() for s in scale_shapes]
-    for key, value in (scales, zeros):
-        _poison(key, groups)
-        _poison(value, used)
+    values = _side(
+        value, (spec.num_groups, num_pages, size, spec.value_width), (size, each.value_groups),
+        used, used, rng,
+    )
+    return KVPages(keys[0], values[0], *keys[1:], *values[1:], multiplicity)
+
+
+def _side(
+    side: str, shape: tuple[int, ...], scales: tuple[int, int], used: torch.Tensor,
+    used_scales: torch.Tensor, rng,
+) -> tuple[torch.Tensor | None, ...]:
+    """Numbers, scales and zero points of keys, or of values [ng, p, S, r]."""
+    if side in PLAIN:
+        numbers = torch.randn(shape, generator=rng).to(getattr(torch, side))
+        return _poison(numbers, used), None, None
+    bits, is_float8 = bits_of(side), side == "float8"
     if is_float8:
-        zeros = [None, None]
-    return KVPages(*pools, scales[0], zeros[0], scales[1], zeros[1], multiplicity)
+        numbers = _poison(torch.randn(shape, generator=rng), used).to(torch.float8_e4m3fn)
+    else:
+        packed = (*shape[:2], shape[2] * bits // 8, shape[3])
+        numbers = torch.randint(0, 256, packed, generator=rng).to(torch.uint8)
+    step = 1.0 if is_float8 else 3.0 / 2**bits
+    scale = ((torch.rand(*shape[:2], *scales, generator=rng) + 0.5) * step).half()
+    zero = torch.randn(*shape[:2], *scales, generator=rng).sub(1.5).half()
+    _poison(scale, used_scales)
+    _poison(zero, used_scales)
+    return numbers, scale, None if is_float8 else zero
 
 
 def _poison(pool: torch.Tensor, used: torch.Tensor) -> torch.Tensor:

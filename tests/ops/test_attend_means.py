@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from mean_cases import MeanCase, expected_means, mean_case, mean_cases
 from oracle import relative_rms
 
-from pikv_megatron.ops import attend_means as module
 from pikv_megatron.ops.attend_means import attend_means
+
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def check(case: MeanCase) -> None:
@@ -25,19 +26,10 @@ def test_pages_of_the_tail_count_as_their_means(case):
     check(case)
 
 
-@pytest.mark.parametrize("block_bytes", [1, 1 << 14, 1 << 18])
 @pytest.mark.parametrize("is_run", [True, False])
 @pytest.mark.parametrize("n", [1, 5])
-def test_blocks_do_not_change_the_result(n, is_run, block_bytes, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
+def test_many_pages(n, is_run):
     check(mean_case(n, 300, 2, 3, 33, torch.float32, is_run, 0.9, 1))
-
-
-def test_a_run_of_one_sequence_is_read_where_it_lies(monkeypatch):
-    case = mean_case(1, 300, 2, 3, 64, torch.float32, True, 1.0, 2)
-    expected, _ = expected_means(case)
-    monkeypatch.setattr(torch, "index_select", None)
-    assert relative_rms(attend_means(*case).out, expected) < 2e-6
 
 
 def test_the_example_of_the_docstring():

@@ -1,6 +1,4 @@
-"""Merging partial attention, and the scratch memory of the torch ops."""
-
-import threading
+"""Merging partial attention."""
 
 import pytest
 import torch
@@ -8,9 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import relative_rms
 
-from pikv_megatron.ops import workspace
 from pikv_megatron.ops.merge_states import merge_states
-from pikv_megatron.ops.workspace import scratch
 
 
 @settings(deadline=None, max_examples=60)
@@ -35,23 +31,3 @@ def test_two_equal_parts_merge_to_their_mean():
     state = merge_states(out, torch.zeros(2, 1, 1, 1))
     assert float(state.out) == 2.0
     assert float(state.lse) == pytest.approx(0.6931472)
-
-
-def test_scratch_is_reused_by_name_and_thread(monkeypatch):
-    monkeypatch.setattr(workspace, "KEPT_BYTES", 1000)
-    cpu = torch.device("cpu")
-    with torch.inference_mode():
-        first = scratch("test", (10, 10), torch.float32, cpu)
-    assert scratch("test", (7,), torch.float16, cpu).data_ptr() == first.data_ptr()
-    assert scratch("other", (7,), torch.float16, cpu).data_ptr() != first.data_ptr()
-    scratch("test", (3,), torch.float32, cpu).fill_(1.0)
-    large = scratch("test", (1000,), torch.float32, cpu)
-    assert scratch("test", (3,), torch.float32, cpu).data_ptr() == first.data_ptr()
-    assert large.data_ptr() != first.data_ptr()
-    seen = []
-    thread = threading.Thread(
-        target=lambda: seen.append(scratch("test", (3,), torch.float32, cpu).data_ptr())
-    )
-    thread.start()
-    thread.join()
-    assert seen[0] != first.data_ptr()

@@ -18,7 +18,7 @@ NUMBERS = st.floats(-60000, 60000, width=32, allow_subnormal=False)
 
 
 @settings(deadline=None)
-@given(st.lists(NUMBERS, min_size=1, max_size=20), st.sampled_from([2, 4, 8]))
+@given(st.lists(NUMBERS, min_size=1, max_size=20), st.sampled_from([2, 3, 4, 8]))
 def test_a_number_is_off_by_half_a_scale(numbers, bits):
     x = torch.tensor(numbers)
     codes, scale, zero = quantise(x, bits)
@@ -66,8 +66,8 @@ def test_halves_are_rounded_outwards_by_one_step(number):
         assert below == above == x.half()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("page_size", [8, 500])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("page_size", [8, 504])
 def test_unpack_is_the_inverse_of_pack(bits, page_size):
     codes = torch.randint(0, 2**bits, (2, 3, page_size, 5)).to(torch.uint8)
     packed = pack(codes, bits)
@@ -77,3 +77,9 @@ def test_unpack_is_the_inverse_of_pack(bits, page_size):
 
 def test_the_byte_of_the_docstring():
     assert pack(torch.tensor([[3], [0], [2], [1]], dtype=torch.uint8), 2).item() == 99
+
+
+def test_three_bits_are_two_and_one():
+    codes = torch.arange(8, dtype=torch.uint8).unsqueeze(1)
+    low = [0 + 2 * 4 + 0 * 16 + 2 * 64, 1 + 3 * 4 + 1 * 16 + 3 * 64]
+    assert pack(codes, 3).flatten().tolist() == [*low, 0b11110000]

@@ -6,9 +6,10 @@ from guarded_pools import SKETCHES
 from hypothesis import given, settings
 from sketch_cases import ScoreSpec, build, check_choice, exact_logit, expected_logit, score_specs
 
-from pikv_megatron.ops import score_pages as module
 from pikv_megatron.ops.score_pages import score_pages
 from pikv_megatron.types import BoundingBoxSketch, LowRankSketch, MeanKeySketch
+
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def check(spec: ScoreSpec) -> None:
@@ -31,8 +32,7 @@ def test_every_sketch_and_statistic(spec):
 
 @pytest.mark.parametrize("is_run", [True, False])
 @pytest.mark.parametrize("sketch", SKETCHES)
-def test_many_pages_in_several_blocks(sketch, is_run, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 16)
+def test_many_pages(sketch, is_run):
     check(ScoreSpec(sketch, 2, 900, 1, 2, 33, 12, 63, "mass", False, torch.float32, is_run, 1))
 
 
@@ -58,32 +58,15 @@ def test_bounds_are_no_wider_than_promised():
 
 @pytest.mark.parametrize("is_run", [True, False])
 @pytest.mark.parametrize("sketch", SKETCHES)
-def test_one_sequence_at_a_time_gives_the_same(sketch, is_run, monkeypatch):
-    """Rows of a batch share blocks where they are short; a block may also hold part of one."""
+def test_one_sequence_at_a_time_gives_the_same(sketch, is_run):
     spec = ScoreSpec(sketch, 5, 70, 2, 3, 16, 8, 4, "mass", False, torch.float32, is_run, 2)
     query, sketch, table, lens, *rest = build(spec).arguments
-    for block_bytes in (1, 1 << 14, 1 << 16, 4 << 20):
-        monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
-        scores = score_pages(query, sketch, table, lens, *rest)
-        for row in range(spec.n):
-            own = slice(row, row + 1)
-            alone = score_pages(query[own], sketch, table[own], lens[own], *rest[:3],
-                                rest[3][own], rest[4])
-            torch.testing.assert_close(scores.logit[own], alone.logit, atol=1e-5, rtol=1e-6)
-
-
-def test_rows_of_a_batch_share_their_products(monkeypatch):
-    """16 sequences whose sketches fill one block together: as many products as one sequence."""
-    counts, product = [], torch.bmm
-    for n in (1, 16):
-        spec = ScoreSpec("mean", n, 30, 2, 2, 16, 1, 3, "mass", False, torch.float32, False, 4)
-        arguments = build(spec).arguments
-        calls = []
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "bmm", lambda *a, **k: calls.append(0) or product(*a, **k))
-            score_pages(*arguments)
-        counts.append(len(calls))
-    assert counts == [1, 1]
+    scores = score_pages(query, sketch, table, lens, *rest)
+    for row in range(spec.n):
+        own = slice(row, row + 1)
+        alone = score_pages(query[own], sketch, table[own], lens[own], *rest[:3], rest[3][own],
+                            rest[4])
+        torch.testing.assert_close(scores.logit[own], alone.logit, atol=1e-5, rtol=1e-6)
 
 
 def test_nothing_is_ranked_where_nothing_is_chosen(monkeypatch):

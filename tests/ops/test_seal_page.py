@@ -3,7 +3,6 @@
 import pytest
 import torch
 from guarded_pools import (
-    PAYLOADS,
     PageSpec,
     empty_pages,
     empty_sketch,
@@ -13,6 +12,7 @@ from guarded_pools import (
 )
 from hypothesis import given, settings
 from oracle import expand, expand_pages
+from payloads import PAYLOADS, sides
 
 from pikv_megatron.ops.make_sketch import make_sketch
 from pikv_megatron.ops.seal_page import seal_page
@@ -36,23 +36,27 @@ def test_every_payload_and_sketch(spec):
         pool.assert_rest_untouched(case.page)
     is_kept = case.page >= 0
     named = case.page[is_kept]
-    for stored, x, error in zip(
-        expand_pages(pages), (case.keys, case.values), half_scales(pages, spec), strict=True
+    for stored, x, error, side in zip(
+        expand_pages(pages), (case.keys, case.values), half_scales(pages, spec),
+        sides(spec.payload), strict=True,
     ):
         x, stored = x.double()[:, is_kept], stored[:, named]
-        slack = x.abs() * (RELATIVE.get(spec.payload, 0) + 2.0**-20) + 1e-7
+        slack = x.abs() * (RELATIVE.get(side, 0) + 2.0**-20) + 1e-7
         assert ((stored - x).abs() <= error[:, named] * (1 + 2.0**-10) + slack).all()
     check_sketch(sketch, case.keys[:, is_kept].double(), named, case.residual[:, is_kept])
 
 
 def half_scales(pages: KVPages, spec: PageSpec) -> list[torch.Tensor]:
     """Half a scale for every number (float8: the spacing next to 0), each [ng, p, S, r]."""
-    if pages.value_scale is None:
-        return [torch.zeros(1, NUM_PAGES, 1, 1).double()] * 2
-    factor = 2.0**-10 if spec.payload == "float8" else 0.5
-    key = pages.key_scale.double().repeat_interleave(spec.page_size // spec.key_groups, 2)
-    value = pages.value_scale.double().repeat_interleave(spec.value_width // spec.value_groups, 3)
-    return [key * factor, value * factor]
+    groups = (spec.page_size // spec.key_groups, 2), (spec.value_width // spec.value_groups, 3)
+    scales, errors = (pages.key_scale, pages.value_scale), []
+    for side, scale, (size, dim) in zip(sides(spec.payload), scales, groups):
+        factor = 2.0**-10 if side == "float8" else 0.5
+        whole = torch.zeros(1, NUM_PAGES, 1, 1).double() if scale is None else (
+            scale.double().repeat_interleave(size, dim)
+        )
+        errors.append(whole * factor)
+    return errors
 
 
 def check_sketch(sketch, keys: torch.Tensor, named: torch.Tensor, residual) -> None:

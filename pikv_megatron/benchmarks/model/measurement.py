@@ -30,8 +30,8 @@ class Timing:
 
     Attributes:
         step_ms: of every step, milliseconds.
-        attention_ms: mean time in attention layers a step, milliseconds, of further steps.
-        operator_calls: torch operators that an attention layer calls in a step without a flush.
+        attention_ms: mean time in attention a step, milliseconds, of further steps.
+        operator_calls: torch operators that a layer's attention calls in a step without a flush.
         difference: of its logits from the reference's, as a share of the largest.
         is_lossless: this difference is a matter of rounding only.
     """

@@ -31,7 +31,7 @@ class OperatorCounter(TorchDispatchMode):
 
 @torch.no_grad()
 def attention_calls(contestant: Contestant, tokens: torch.Tensor) -> float:
-    """Torch operators that an attention layer calls in a step, projections and rotation included:
+    """Torch operators that a layer's attention calls in a step, from RoPE to its output:
     the mean over the layers, as the first one also does what is done once a step.
 
     Args:

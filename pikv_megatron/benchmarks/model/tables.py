@@ -26,9 +26,9 @@ def _times(options: BenchmarkOptions, measurements: Sequence[Measurement]) -> Ta
         "step", "in\nattention", "operator\ncalls", "difference",
     )
     table.caption = (
-        "operator calls: torch operators that an attention layer calls in a step without a flush, "
-        "projections and rotation included; difference: of the logits from the first contestant's, "
-        "as a share of the largest"
+        "attention: from RoPE to the output, without the projections on either side; operator "
+        "calls: torch operators that it calls a layer in a step without a flush; difference: of "
+        "the logits from the first contestant's, as a share of the largest"
     )
     for measurement in measurements:
         for name, timing in measurement.timings.items():

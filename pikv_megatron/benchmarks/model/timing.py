@@ -95,7 +95,7 @@ class Race:
 
 
 class AttentionClock:
-    """Sums the time that a model spends in its attention layers, projections included."""
+    """Sums the time that a model spends in attention: see `around_attention`."""
 
     def __init__(self, clock: Clock):
         self.seconds = 0.0
@@ -111,7 +111,7 @@ class AttentionClock:
 
 @contextmanager
 def attention_clock(model: GPTModel, clock: Clock) -> Iterator[AttentionClock]:
-    """Time the attention layers for the length of a `with` block."""
+    """Time a model's attention for the length of a `with` block."""
     attention = AttentionClock(clock)
     with around_attention(model, attention.start, attention.stop):
         yield attention
@@ -121,12 +121,16 @@ def attention_clock(model: GPTModel, clock: Clock) -> Iterator[AttentionClock]:
 def around_attention(
     model: GPTModel, before: Callable[[], None], after: Callable[[], None]
 ) -> Iterator[None]:
-    """Call two functions before and after each attention layer for the length of a `with` block."""
+    """Call two functions before and after each layer's attention for the length of a `with` block.
+
+    It begins with a token's query, key and value, before RoPE, and ends with its output: the
+    projections on either side are the same over every cache.
+    """
     hooks = []
     for layer in model.decoder.layers:
         attention = layer.self_attention
-        hooks.append(attention.register_forward_pre_hook(lambda *args: before()))
-        hooks.append(attention.register_forward_hook(lambda *args: after()))
+        hooks.append(attention.linear_qkv.register_forward_hook(lambda *args: before()))
+        hooks.append(attention.linear_proj.register_forward_pre_hook(lambda *args: after()))
     try:
         yield
     finally:

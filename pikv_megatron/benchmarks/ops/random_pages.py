@@ -11,7 +11,7 @@ from pikv_megatron.benchmarks.ops.op_case import Grid
 from pikv_megatron.ops.packing import unpack
 from pikv_megatron.types import KVPages
 
-PAYLOADS = ("float32", "bfloat16", "float16", "float8", "int8", "int4", "int2")
+PAYLOADS = ("float32", "bfloat16", "float16", "float8", "int8", "int4", "int3", "int2")
 PLAIN = PAYLOADS[:3]
 NUM_HEADS, NUM_GROUPS, HEAD_WIDTH = 32, 8, 128
 
@@ -68,15 +68,15 @@ def plain_numbers(
         listed: page numbers.
     """
     fields = [None if x is None else x[group, listed] for x in pages[:6]]
-    keys = _decode(fields[0], fields[2], fields[3], pages, tokens_share=True)
-    return keys, _decode(fields[1], fields[4], fields[5], pages, tokens_share=False)
+    keys = _decode(fields[0], fields[2], fields[3], pages.key_bits, tokens_share=True)
+    return keys, _decode(fields[1], fields[4], fields[5], pages.value_bits, tokens_share=False)
 
 
-def _decode(stored, scale, zero, pages: KVPages, tokens_share: bool) -> torch.Tensor:
+def _decode(stored, scale, zero, bits: int, tokens_share: bool) -> torch.Tensor:
     """x = q * scale + zero; groups are of tokens (keys) or of channels (values)."""
     if scale is None:
         return stored.double().flatten(0, 1)
-    codes = stored if pages.tokens_per_row == 1 else unpack(stored, 8 // pages.tokens_per_row)
+    codes = stored if bits == 8 else unpack(stored, bits)
     numbers, dim = codes.double(), 1 if tokens_share else 2
     for apply, factor in ((numbers.mul_, scale), (numbers.add_, zero)):
         if factor is not None:

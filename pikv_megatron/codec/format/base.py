@@ -1,16 +1,25 @@
 """How numbers of a page are packed.
 
-Legend: ng KV heads, S tokens a page, r_k and r_v stored widths, G_k and G_v scales.
+Legend: ng KV heads, p pages, S tokens a page, r_k and r_v stored widths, G_k and G_v scales.
 """
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from pikv_megatron.options import Options
 from pikv_megatron.types import KVPages, KVShape
+
+
+class Packed(NamedTuple):
+    """Empty keys, or values, of a pool: fields of `KVPages`."""
+
+    numbers: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
 
 
 class FormatOptions(Options):
@@ -25,46 +34,60 @@ class FormatOptions(Options):
         """
 
     @abstractmethod
+    def packed_keys(self, kv: KVShape, num_pages: int, page_size: int) -> Packed:
+        """Room for keys; `kv` has the stored widths."""
+
+    @abstractmethod
+    def packed_values(self, kv: KVShape, num_pages: int, page_size: int) -> Packed:
+        """Room for values."""
+
     def allocate(self, kv: KVShape, num_pages: int, page_size: int) -> KVPages:
         """An empty pool; `kv` has the stored widths."""
+        keys = self.packed_keys(kv, num_pages, page_size)
+        values = self.packed_values(kv, num_pages, page_size)
+        return KVPages(keys.numbers, values.numbers, *keys[1:], *values[1:])
 
 
 class ScaledOptions(FormatOptions):
-    """Codes of `bits` bits with scales and zero points (KIVI, arXiv 2402.02750): keys have one a
-    channel and group of tokens, values one a token and group of channels.
+    """Codes with scales (KIVI, arXiv 2402.02750): keys have one a channel and group of tokens,
+    values one a token and group of channels.
 
     Attributes:
         bits: of a code.
     """
 
     bits: ClassVar[int]
+    dtype: ClassVar[torch.dtype] = torch.uint8
+    has_zero: ClassVar[bool] = True
 
     key_group: int = Field(32, ge=1, description="tokens of a page that share a scale of keys")
     value_group: int = Field(64, ge=1, description="channels that share a scale of values")
 
     def check(self, page_size):
-        per_byte = 8 // self.bits
-        if page_size % per_byte:
+        if page_size * self.bits % 8:
+            together = 8 // (self.bits & -self.bits)
             raise ValueError(
-                f"codec.format {self.name} packs {per_byte} tokens into a byte: page_size "
-                f"{page_size} must be a multiple of {per_byte}"
+                f"codec.format {self.name} packs {together} tokens together: page_size "
+                f"{page_size} must be a multiple of {together}"
             )
 
-    def allocate(self, kv, num_pages, page_size):
-        ng, device = kv.num_groups, kv.device
-        rows = page_size * self.bits // 8
-        key_groups = _num_groups(page_size, self.key_group)
-        value_groups = _num_groups(kv.value_width, self.value_group)
+    def packed_keys(self, kv, num_pages, page_size):
+        groups = _num_groups(page_size, self.key_group)
+        shape = (kv.num_groups, num_pages, groups, kv.key_width)
+        return self._packed(kv, num_pages, page_size, kv.key_width, shape)
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-            return torch.zeros(ng, num_pages, *shape, dtype=dtype, device=device)
+    def packed_values(self, kv, num_pages, page_size):
+        groups = _num_groups(kv.value_width, self.value_group)
+        shape = (kv.num_groups, num_pages, page_size, groups)
+        return self._packed(kv, num_pages, page_size, kv.value_width, shape)
 
-        return KVPages(
-            zeros(rows, kv.key_width, dtype=torch.uint8),
-            zeros(rows, kv.value_width, dtype=torch.uint8),
-            *(zeros(key_groups, kv.key_width) for _ in range(2)),
-            *(zeros(page_size, value_groups) for _ in range(2)),
+    def _packed(self, kv, num_pages, page_size, width, scales) -> Packed:
+        rows = (kv.num_groups, num_pages, page_size * self.bits // 8, width)
+        scale, zero = (
+            torch.zeros(scales, dtype=torch.float16, device=kv.device) for _ in range(2)
         )
+        numbers = torch.zeros(rows, dtype=self.dtype, device=kv.device)
+        return Packed(numbers, scale, zero if self.has_zero else None)
 
 
 def _num_groups(size: int, group: int) -> int:

@@ -4,8 +4,7 @@ from typing import Literal
 
 import torch
 
-from pikv_megatron.codec.format.base import FormatOptions
-from pikv_megatron.types import KVPages
+from pikv_megatron.codec.format.base import FormatOptions, Packed
 
 
 class PlainOptions(FormatOptions):
@@ -13,6 +12,12 @@ class PlainOptions(FormatOptions):
 
     name: Literal["plain"] = "plain"
 
-    def allocate(self, kv, num_pages, page_size):
-        shapes = [(kv.num_groups, num_pages, page_size, w) for w in (kv.key_width, kv.value_width)]
-        return KVPages(*(torch.zeros(s, dtype=kv.dtype, device=kv.device) for s in shapes))
+    def packed_keys(self, kv, num_pages, page_size):
+        return self._packed(kv, num_pages, page_size, kv.key_width)
+
+    def packed_values(self, kv, num_pages, page_size):
+        return self._packed(kv, num_pages, page_size, kv.value_width)
+
+    def _packed(self, kv, num_pages, page_size, width) -> Packed:
+        shape = (kv.num_groups, num_pages, page_size, width)
+        return Packed(torch.zeros(shape, dtype=kv.dtype, device=kv.device))
