@@ -20,12 +20,10 @@ class SlidingReads(NamedTuple):
     Attributes:
         places: [n], int64, of the new tokens.
         lens: [n, 1], int32, tokens of each ring that are read, those at its first places.
-        notes: as of `PageList`.
     """
 
     places: torch.Tensor
     lens: torch.Tensor
-    notes: dict
 
 
 class DecodePart:
@@ -82,7 +80,7 @@ class DecodePart:
         """What rows read where queries see a sliding window: the same in every such layer."""
         if window not in self._sliding:
             lens = self._length.clamp(max=window).to(torch.int32).unsqueeze(1)
-            self._sliding[window] = SlidingReads((self._length - 1) % window, lens, {})
+            self._sliding[window] = SlidingReads((self._length - 1) % window, lens)
         return self._sliding[window]
 
     @cached_property

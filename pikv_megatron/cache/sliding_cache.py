@@ -86,10 +86,10 @@ class SlidingCache:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StepPlan
     ) -> AttentionState:
         """Tokens [n, ..] of the rows that decode; each is written before it attends."""
-        slots, (places, lens, notes) = plan.decode.window_slots, plan.decode.sliding(self._window)
+        slots, (places, lens) = plan.decode.window_slots, plan.decode.sliding(self._window)
         append_kv(key.transpose(0, 1), value.transpose(0, 1), self.keys, self.values, slots, places)
         pages = KVPages(self.keys, self.values)
-        reads = PageList(pages, slots.unsqueeze(1), lens, notes=notes)
+        reads = PageList(pages, slots.unsqueeze(1), lens)
         state = decode_attention(query.unsqueeze(1), [reads], self.spec.softmax_scale)[0]
         return AttentionState(state.out.squeeze(1), state.lse.squeeze(1))
 
