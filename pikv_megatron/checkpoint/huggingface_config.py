@@ -8,6 +8,7 @@ from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.families.base import Family
 from pikv_megatron.checkpoint.families.fields import ConfigFields
 from pikv_megatron.checkpoint.families.registry import FAMILIES
+from pikv_megatron.checkpoint.families.unsupported import UNSUPPORTED
 from pikv_megatron.checkpoint.json_file import read_json, token_id, token_ids
 from pikv_megatron.checkpoint.quantized import weight_block_size
 from pikv_megatron.checkpoint.rotary import rotary_scaling
@@ -63,18 +64,17 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 def _family(config: Mapping[str, Any]) -> Family:
     """By `architectures`, or where that is missing by `model_type`."""
-    names = config.get("architectures")
-    if names is None:
-        field, names = "model_type", config.get("model_type")
-        if names in FAMILIES:
-            return FAMILIES[names]
-    else:
-        field = "architectures"
-        for family in FAMILIES.values():
-            if family.class_name in names:
-                return family
+    field = "model_type" if config.get("architectures") is None else "architectures"
+    names = config.get(field)
+    names = names if isinstance(names, list) else [names]
+    for family in FAMILIES.values():
+        if (family.name if field == "model_type" else family.class_name) in names:
+            return family
+    missing = next((UNSUPPORTED[name] for name in names if name in UNSUPPORTED), None)
+    if missing is not None:
+        raise ValueError(f"{field} = {config[field]} is not supported yet: it needs {missing}")
     supported = ", ".join(family.class_name for family in FAMILIES.values())
-    raise ValueError(f"{field} = {names} is not supported, only {supported} are")
+    raise ValueError(f"{field} = {config.get(field)} is not supported, only {supported} are")
 
 
 def _rotary(fields: ConfigFields, family: Family) -> dict[str, Any]:

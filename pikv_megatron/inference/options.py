@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
+from pikv_megatron.checkpoint.families.registry import FAMILIES
 from pikv_megatron.checkpoint.generation_config import sampling_defaults
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def _parser(deepspeed_config: Path) -> ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True,
-        help="Hugging Face directory: Mixtral, Qwen3-MoE, OLMoE")
+        help=f"Hugging Face directory: {', '.join(FAMILIES)}")
     add("--pikv", type=Path, help="YAML file of the cache; default: lossless")
     add("--prompt", action="append", default=[], help="text to continue; may be repeated")
     add("--prompt-file", type=Path, help="more texts, one a line (UTF-8)")

@@ -162,6 +162,11 @@ def test_yarns_factor_may_be_the_checkpoints_own(tmp_path):
     [
         ("mixtral", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*Mixtral.*Olmoe"),
         ("mixtral", {"architectures": None, "model_type": "llama"}, "model_type = llama.*Mixtral"),
+        ("mixtral", {"architectures": ["DeepseekV3ForCausalLM"]}, "not supported yet.*latent atten"),
+        ("mixtral", {"architectures": ["Qwen3NextForCausalLM"]}, "not supported yet.*linear atten"),
+        ("mixtral", {"architectures": ["Llama4ForCausalLM"]}, "not supported yet.*chunked"),
+        ("mixtral", {"architectures": None, "model_type": "bailing_moe_v2"}, "not supported yet"),
+        ("mixtral", {"architectures": "LlamaForCausalLM"}, "LlamaForCausalLM is not supported"),
         ("mixtral", {"sliding_window": "wide"}, "sliding_window = 'wide'"),
         ("mixtral", {"layer_types": ["linear_attention"] * 3}, "'linear_attention'.*not supported"),
         ("mixtral", {"layer_types": ["full_attention"]}, "layer_types = .* each of 3 layers"),
