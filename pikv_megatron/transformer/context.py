@@ -125,7 +125,7 @@ class PiKVInferenceContext(StaticInferenceContext):
             ]
             own = sum(pages for home, pages in more if home == self.rank)
             # What a prompt's chunk fills is dropped after it was filled.
-            spare = 0 if layer.store.retention is None else chunk
+            spare = chunk if layer.store.drops else 0
             layer.reserve(
                 sum(pages for _, pages in more) + spare, own * self.num_ranks + spare
             )
