@@ -14,11 +14,13 @@ class LayerShape(NamedTuple):
         kv: what a token's keys and values are.
         num_heads: np, query heads.
         softmax_scale: factor on the logits.
+        sliding_window: tokens that a query sees, its own included; None: all of them.
     """
 
     kv: KVShape
     num_heads: int
     softmax_scale: float
+    sliding_window: int | None = None
 
 
 class LayerSpec(NamedTuple):
@@ -29,6 +31,7 @@ class LayerSpec(NamedTuple):
         kv: what a token's keys and values are.
         num_heads: np, query heads.
         softmax_scale: factor on the logits.
+        sliding_window: tokens that a query sees, its own included; None: all of them.
         options: what is chosen for this layer.
         moments: of its keys and values, where they were calibrated.
     """
@@ -37,5 +40,6 @@ class LayerSpec(NamedTuple):
     kv: KVShape
     num_heads: int
     softmax_scale: float
+    sliding_window: int | None
     options: LayerOptions
     moments: KVMoments | None = None

@@ -5,12 +5,25 @@ Legend: n rows of this home rank, W places of a window.
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.step_rows import RowsByRank, WindowLayout
 from pikv_megatron.types import PageList
+
+
+class SlidingReads(NamedTuple):
+    """Of rings in which position p lies at p % W.
+
+    Attributes:
+        places: [n], int64, of the new tokens.
+        lens: [n, 1], int32, tokens of each ring that are read, those at its first places.
+    """
+
+    places: torch.Tensor
+    lens: torch.Tensor
 
 
 class DecodePart:
@@ -51,6 +64,8 @@ class DecodePart:
         numbers = torch.tensor(fields, dtype=torch.int64, device=device).view(-1, 3)
         self.slots, flushed, length = numbers.unbind(1)
         self.window_slots = self.slots - rank * slots_per_rank
+        self._length = length
+        self._sliding: dict[int, SlidingReads] = {}
         lens = torch.full((self.num_rows, 1), layout.size, dtype=torch.int32, device=device)
         # A row's new token is written before it is attended to.
         mask = layout.live(flushed, length).unsqueeze(1)
@@ -60,6 +75,13 @@ class DecodePart:
     def is_anywhere(self) -> bool:
         """Whether any rank has such rows."""
         return any(self.counts)
+
+    def sliding(self, window: int) -> SlidingReads:
+        """What rows read where queries see a sliding window: the same in every such layer."""
+        if window not in self._sliding:
+            lens = self._length.clamp(max=window).to(torch.int32).unsqueeze(1)
+            self._sliding[window] = SlidingReads((self._length - 1) % window, lens)
+        return self._sliding[window]
 
     @cached_property
     def own_reads(self) -> OwnerReads:

@@ -21,6 +21,7 @@ from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.causal_attention import causal_attention
 from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.merge_states import merge_states
+from pikv_megatron.ops.sink_logit import with_sink
 from pikv_megatron.parallel.dispatcher import FLUSH_OP, KVDispatcher
 from pikv_megatron.parallel.packet import pack_bits, unpack_bits
 from pikv_megatron.types import AttentionState, KVPages, PageList, Reads
@@ -65,7 +66,8 @@ class LayerCache:
             )
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StepPlan
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StepPlan,
+        sink: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention of a step over what is cached and over itself.
 
@@ -75,6 +77,7 @@ class LayerCache:
             query: [t, np, w_k], in the order of `StepPlan.rows`.
             key: [t, ng, w_k].
             value: [t, ng, w_v].
+            sink: [np], a learned logit that is no token's; None: there is none.
 
         Returns:
             [t, np, w_v].
@@ -86,11 +89,11 @@ class LayerCache:
         parts = []
         if plan.decode.is_anywhere:
             decoding = _first(query, first).unsqueeze(1)
-            parts.append(self._attend_decode(decoding, plan).out.squeeze(1))
+            parts.append(with_sink(self._attend_decode(decoding, plan), sink).squeeze(1))
         if plan.prefill.is_anywhere:
             state = self._attend_prefill(query[first:], key[first:], value[first:], plan)
             self._prompts = query[first:], state.lse
-            parts.append(state.out)
+            parts.append(with_sink(state, sink))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def hold(self, key: torch.Tensor, value: torch.Tensor, plan: StepPlan) -> None:

@@ -32,6 +32,7 @@ class StepPlan:
     Attributes:
         window: tokens that stay at home, the last ones.
         slots_per_rank: as given.
+        first_slot: in the group, of this rank.
         rows: of this rank, decoding ones first: the order of its tokens.
         num_tokens: t.
         num_padded: T, at least 1.
@@ -66,7 +67,7 @@ class StepPlan:
         self._decode_flushes = any(
             row.end - row.sequence.flushed >= layout.ring for rows in decoding for row in rows
         )
-        first_slot = rank * slots_per_rank
+        self.first_slot = first_slot = rank * slots_per_rank
         self.flush = plan_flush(
             self._rows_by_rank, rank, first_slot, self._decode_flushes, layout, most_pages, device
         )

@@ -11,6 +11,7 @@ from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
+from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
@@ -75,6 +76,11 @@ class PiKVInferenceContext(StaticInferenceContext):
         )
 
     @property
+    def sharded_layers(self) -> list[LayerCache]:
+        """The layers whose queries see all tokens."""
+        return [layer for layer in self.layers.values() if isinstance(layer, LayerCache)]
+
+    @property
     def keeps_experts(self) -> int:
         """Experts that are remembered for each token of a window; 0 without expert shards."""
         return self.pikv_config.replicas if self.pikv_config.expert_shards > 1 else 0
@@ -116,7 +122,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         larger chunks than configured; pools then grow.
         """
         chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
-        for layer in self.layers.values():
+        for layer in self.sharded_layers:
             more = [
                 (sequence.slot // self.max_batch_size,
                  layer.store.num_columns(self._num_pages(length))
@@ -164,7 +170,7 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def check_integrity(self) -> None:
         """No page is lost or held twice, and only live sequences hold any."""
-        for layer in self.layers.values():
+        for layer in self.sharded_layers:
             layer.check_integrity()
             idle = set(range(layer.store.num_slots)) - set(self._sequences)
             held = [slot for slot in idle if layer.store.holds(slot)]
@@ -195,7 +201,9 @@ class PiKVInferenceContext(StaticInferenceContext):
         copies = max(1, self.keeps_experts)
         return in_shards * copies // per_page * self.placement.shards_per_rank
 
-    def _new_layer(self, spec: LayerSpec) -> LayerCache:
+    def _new_layer(self, spec: LayerSpec) -> LayerCache | SlidingCache:
+        if spec.sliding_window is not None:
+            return SlidingCache(spec, self.max_batch_size)
         page_size, slots = self.pikv_config.page_size, self.max_batch_size
         max_pages = self._most_pages(self.max_sequence_length)
         window = StreamWindow(spec.kv, slots, self.layout.size, self.keeps_experts)
