@@ -122,7 +122,7 @@ class PiKVConfig(LayerOptions):
         for spec in {spec[1:5]: spec for spec in specs}.values():
             spec.options.sketch.build(spec.kv, self.page_size, 0)
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
-            if codec.pooled > 1 and self.replicas > 1:
+            if (codec.pooled > 1 or codec.ageing is not None) and self.replicas > 1:
                 raise ValueError(
                     f"codec.transform {spec.options.codec.transform.name} stores neighbours as one "
                     f"token, and replicas {self.replicas} hides tokens one by one: use replicas 1"

@@ -279,7 +279,7 @@ class LayerCache:
             counts = [count * copies for count in flush.counts]
             block = block.unpacked(self._dispatcher.send(block.packed(), owner, counts))
         self.store.insert(block)
-        if self.store.retention is not None:
+        if self.store.drops:
             if self.store.statistics is not None and self._prompts is not None:
                 self._observe(plan)
             self._prune(plan)
@@ -306,19 +306,26 @@ class LayerCache:
             self.store.observe(*(x.unsqueeze(0) for x in part), reads)
 
     def _prune(self, plan: StepPlan) -> None:
-        """Drop pages beyond the budget, and tell their homes, which list them too."""
+        """Pool old pages, drop those beyond the budget, and tell their homes, which list them
+        too."""
         flush = plan.flush
         every = [slot for slots in flush.slots_by_rank for slot in slots]
-        device = self.spec.kv.device
-        drop = self.store.prune(torch.tensor(every, device=device), flush.most_pages)
-        if self.directory is None:
-            return
-        own = flush.slots_by_rank[self._placement.rank]
+        slots = torch.tensor(every, device=self.spec.kv.device)
+        drops = self.store.age(slots, flush.most_pages)
+        if self.store.retention is not None:
+            drops.append(self.store.prune(slots, flush.most_pages))
+        if self.directory is not None:
+            for drop in drops:
+                self._tell_homes(drop, plan)
+
+    def _tell_homes(self, drop: torch.Tensor, plan: StepPlan) -> None:
+        """Columns [sequences of all ranks, m] that this owner dropped."""
+        slots_by_rank = plan.flush.slots_by_rank
+        own = slots_by_rank[self._placement.rank]
         first_slot = self._placement.rank * plan.slots_per_rank
-        counts = [len(slots) for slots in flush.slots_by_rank]
-        route = self._dispatcher.everywhere(counts)
+        route = self._dispatcher.everywhere([len(slots) for slots in slots_by_rank])
         words = self._dispatcher.give_back(route, pack_bits(drop), FLUSH_OP)
-        slots = torch.tensor(own, dtype=torch.int64, device=device) - first_slot
+        slots = torch.tensor(own, dtype=torch.int64, device=drop.device) - first_slot
         self.directory.apply(slots, unpack_bits(words, drop.shape[1]).transpose(0, 1))
 
     def _window_list(self, reads: PageList) -> PageList:

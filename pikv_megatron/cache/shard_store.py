@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from pikv_megatron.cache.ageing import pool_level
 from pikv_megatron.cache.first_pages import fit_new
 from pikv_megatron.cache.ledger import Admission, PageLedger
 from pikv_megatron.cache.owner_reads import OwnerReads
@@ -78,9 +79,31 @@ class ShardStore:
     def num_columns(self, most_pages: int) -> int:
         """At least the pages that a sequence has here between two flushes, where it has filled at
         most so many."""
+        if self._codec.ageing is not None:
+            most_pages = self._codec.ageing.most(most_pages, self._shards)
         if self.retention is None:
             return most_pages
         return self._budget.most(most_pages, self._shards)
+
+    @property
+    def drops(self) -> bool:
+        """Whether pages are given back before their sequence ends."""
+        return self.retention is not None or self._codec.ageing is not None
+
+    def age(self, slots: torch.Tensor, most_pages: int) -> list[torch.Tensor]:
+        """Pool older pages of sequences [r]; see `prune` for what is returned, level by level."""
+        drops = []
+        for level in range(0 if self._codec.ageing is None else self._codec.ageing.levels):
+            self._lists.clear()
+            pages = self.table.page[slots, :most_pages]
+            pair, drop = pool_level(
+                self._codec, self.pool, slots, pages, self._stats(slots, most_pages), level
+            )
+            if self.statistics is not None:
+                self.statistics.join(*pair)
+            self._drop(slots, drop)
+            drops.append(drop)
+        return drops
 
     def insert(self, block: TokenBlock) -> None:
         """Append tokens to their buffers, sealing every buffer that fills up: O(t)."""
@@ -154,11 +177,7 @@ class ShardStore:
         stats = self._stats(slots, most_pages)
         limit = self._budget.limit(self.ledger.num_pages[slots], self._shards)
         drop = self.retention.drop(stats, limit)
-        pages, is_dropped = (x.flatten() for x in self.table.apply(slots, drop))
-        if pages.numel():
-            self.pool.free.release_some(pages, is_dropped)
-            if self.statistics is not None:
-                self.statistics.forget(pages, is_dropped)
+        self._drop(slots, drop)
         return drop
 
     def release(self, slot: int) -> None:
@@ -205,7 +224,7 @@ class ShardStore:
         assert torch.equal(filled, self.ledger.num_pages), "page counts disagree with token counts"
         kept = self.table.count
         assert bool((kept <= filled).all()), "more pages listed than were filled"
-        assert self.retention is not None or torch.equal(kept, filled), "pages are missing"
+        assert self.drops or torch.equal(kept, filled), "pages are missing"
 
     def holds(self, slot: int) -> bool:
         """Whether any token of a sequence is stored."""
@@ -237,6 +256,14 @@ class ShardStore:
         if self.on_seal is not None:
             real = admission.is_page.nonzero().squeeze(1)
             self.on_seal(*(x[:, real] for x in tokens), pages[real], slots[real])
+
+    def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
+        """Give pages [r, m] back."""
+        pages, is_dropped = (x.flatten() for x in self.table.apply(slots, drop))
+        if pages.numel():
+            self.pool.free.release_some(pages, is_dropped)
+            if self.statistics is not None:
+                self.statistics.forget(pages, is_dropped)
 
     def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
         is_page = self.table.is_page(slots, num_columns)

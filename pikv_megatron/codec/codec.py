@@ -9,7 +9,7 @@ import math
 import torch
 
 from pikv_megatron.codec.format.base import FormatOptions
-from pikv_megatron.codec.transform.base import KVTransform
+from pikv_megatron.codec.transform.base import Ageing, KVTransform
 from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.expand_pages import expand_pages
 from pikv_megatron.ops.merge_states import merge_states
@@ -25,17 +25,20 @@ class PageCodec:
         page_size: S.
         transform: None stores them in their own widths.
         page_format: how numbers are packed.
+        ageing: how older pages are pooled; None: they are not.
 
     Attributes:
-        pooled: neighbours that are stored as one token.
+        pooled: neighbours that are stored as one token when they are sealed.
+        ageing: as given.
     """
 
     def __init__(
         self, kv: KVShape, page_size: int, transform: KVTransform | None,
-        page_format: FormatOptions,
+        page_format: FormatOptions, ageing: Ageing | None = None,
     ):
         self._transform = transform
         self._format = page_format
+        self.ageing = ageing
         self._stored, self.pooled = kv, 1 if transform is None else transform.pooled
         if transform is not None:
             self._stored = kv._replace(
@@ -46,21 +49,30 @@ class PageCodec:
     def allocate(self, num_pages: int) -> KVPages:
         """An empty pool of `num_pages` pages."""
         pages = self._format.allocate(self._stored, num_pages, self._page_size)
-        if self.pooled > 1:
+        if self.pooled > 1 or self.ageing is not None:
             logs = torch.zeros(num_pages, device=self._stored.device)
             pages = pages._replace(log_multiplicity=logs)
         return pages
 
     def seal(
         self, keys: torch.Tensor, values: torch.Tensor, pages: KVPages, page: torch.Tensor,
-        slots: torch.Tensor,
+        slots: torch.Tensor, level: int = 0,
     ) -> None:
-        """Write full pages [ng, c, S, hn] of the sequences `slots` [c] to the places page [c]."""
+        """Write full pages [ng, c, S, hn] of the sequences `slots` [c] to the places page [c].
+
+        Args:
+            level: times that their tokens were pooled before.
+        """
         if self._transform is not None:
             keys, values = self._transform.encode(keys, values, slots)
         seal_page(keys, values, pages, page)
-        if self.pooled > 1:
-            pages.log_multiplicity[page] = math.log(self.pooled)
+        if pages.log_multiplicity is not None:
+            pages.log_multiplicity[page] = math.log(self.pooled << level)
+
+    def levels(self, pages: KVPages, page: torch.Tensor) -> torch.Tensor:
+        """Times that pages [...] were pooled after they were sealed, int64."""
+        logs = pages.log_multiplicity[page] / math.log(2)
+        return logs.round().long() - (self.pooled.bit_length() - 1)
 
     def restore(
         self, pages: KVPages, page: torch.Tensor, slots: torch.Tensor

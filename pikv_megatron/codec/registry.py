@@ -73,7 +73,7 @@ class CodecOptions(Options):
                 f"{page_size} must be a multiple of {pooled}"
             )
         self.format.check(page_size // pooled)
-        return PageCodec(kv, page_size, transform, self.format)
+        return PageCodec(kv, page_size, transform, self.format, self.transform.ageing)
 
 
 def _from_none(value: Any) -> Any:

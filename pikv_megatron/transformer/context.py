@@ -125,8 +125,8 @@ class PiKVInferenceContext(StaticInferenceContext):
         """
         chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
         for layer in self.sharded_layers:
-            owned = noted = 0 if layer.store.retention is None else chunk
             # What a prompt's chunk fills is dropped after it was filled.
+            owned = noted = chunk if layer.store.drops else 0
             for sequence, length in lengths:
                 home = sequence.slot // self.max_batch_size
                 here = self._missing_pages(layer, sequence, length, home == self.rank)

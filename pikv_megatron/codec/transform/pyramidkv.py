@@ -8,19 +8,28 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pikv_megatron.codec.transform.base import KVTransform, TransformOptions
+from pikv_megatron.codec.transform.base import Ageing, KVTransform, TransformOptions
 from pikv_megatron.types import KVShape
 
 
 class PyramidKVOptions(TransformOptions):
     """Neighbours are stored as their mean, which counts as often as they are many.
 
-    The budgets of the pyramid's layers are their levels, by `layers`. At level l, 2^l neighbours
-    are one: the squared error is that of K less the means, |P_l K - K|^2.
+    A layer's budget is its `level`, by `layers`: at level l, 2^l neighbours are one when their page
+    is sealed. With `young`, older pages of a shard are pooled again, two pages to one, then two of
+    those, and so on. The squared error is that of K less the means, |P_l K - K|^2.
     """
 
     name: Literal["pyramidkv"] = "pyramidkv"
     level: int = Field(1, ge=0, le=6, description="l: 2^l neighbours are stored as one")
+    young: int | None = Field(
+        None, ge=1, description="pages of a shard that are pooled no further; null: all of them"
+    )
+    levels: int = Field(3, ge=1, le=8, description="times that older pages are pooled, at most")
+
+    @property
+    def ageing(self):
+        return None if self.young is None else Ageing(self.young, self.levels)
 
     def build(self, kv, num_slots, moments=None):
         return PoolingTransform(kv, 2**self.level) if self.level else None
