@@ -67,7 +67,9 @@ def generate(engine: deepspeed.InferenceEngine, options: GenerateOptions) -> Non
     stop_args = (options.tokenizer.eos_ids, options.stop_strings, options.tokenizer)
     is_streamed = len(options.prompts) == 1 and sys.stdout.isatty()
     out = sys.stdout if IS_FIRST_RANK else io.StringIO()
-    transcript = Transcript(options.prompts, StopCriteria(*stop_args), out, is_streamed)
+    criteria = StopCriteria(*stop_args)
+    criteria.reset(options.prompt_ids)
+    transcript = Transcript(options.prompts, criteria, out, is_streamed)
     clock = RunClock(len(options.prompts))
     with progress("decoding", IS_FIRST_RANK and not is_streamed) as advance:
 

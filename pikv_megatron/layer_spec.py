@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from pikv_megatron.codec.transform.moments import KVMoments
 from pikv_megatron.layer_options import LayerOptions
 from pikv_megatron.types import KVShape
 
@@ -13,11 +14,13 @@ class LayerShape(NamedTuple):
         kv: what a token's keys and values are.
         num_heads: np, query heads.
         softmax_scale: factor on the logits.
+        sliding_window: tokens that a query sees, its own included; None: all of them.
     """
 
     kv: KVShape
     num_heads: int
     softmax_scale: float
+    sliding_window: int | None = None
 
 
 class LayerSpec(NamedTuple):
@@ -28,11 +31,15 @@ class LayerSpec(NamedTuple):
         kv: what a token's keys and values are.
         num_heads: np, query heads.
         softmax_scale: factor on the logits.
+        sliding_window: tokens that a query sees, its own included; None: all of them.
         options: what is chosen for this layer.
+        moments: of its keys and values, where they were calibrated.
     """
 
     number: int
     kv: KVShape
     num_heads: int
     softmax_scale: float
+    sliding_window: int | None
     options: LayerOptions
+    moments: KVMoments | None = None

@@ -82,7 +82,17 @@ def _rank_main(fn, args, rank, world_size, port, results) -> None:
         raise
 
 
+_held: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port that is this process's until it ends: two tests at once never get the same one.
+
+    A socket that is bound and does not listen keeps others from being given its port, and lets a
+    server that reuses addresses, as torch's store does, listen there.
+    """
+    sock = socket.socket()
+    sock.bind(("", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _held.append(sock)
+    return sock.getsockname()[1]

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from ranks import run_ranks
 from tiny_directory import save_tiny_mixtral
 
+from pikv_megatron.checkpoint.families.registry import FAMILIES
 from pikv_megatron.codec.registry import CodecOptions
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.methods import methods_table
@@ -44,6 +45,11 @@ def shown(default) -> str:
     if default == () or default == CodecOptions():
         return "none"
     return default.name if isinstance(default, Options) else str(default).lower()
+
+
+def test_the_models_are_those_that_load():
+    header, *rows = re.findall(r"^\| [^`|]+ \| `(\w+)` \|", README, re.MULTILINE)
+    assert header == "model_type" and rows == list(FAMILIES)
 
 
 def test_the_methods_are_those_that_there_are():

@@ -70,6 +70,17 @@ class PageStatistics:
             self.last_used[pages] = -1
             self.uses[pages] = 0.0
 
+    def join(self, pages: torch.Tensor, others: torch.Tensor) -> None:
+        """Pages [c] now hold what `others` [c] held, too."""
+        self.mass[pages] += self.mass[others]
+        both = self.observed[pages].clamp(min=0) + self.observed[others].clamp(min=0)
+        is_observed = (self.observed[pages] >= 0) | (self.observed[others] >= 0)
+        self.observed[pages] = torch.where(is_observed, both, -1.0)
+        if self.uses is not None:
+            # A query may have used both.
+            for each in (self.last_used, self.uses):
+                each[pages] = torch.maximum(each[pages], each[others])
+
     def add(self, pages: torch.Tensor, shares: torch.Tensor, times: torch.Tensor) -> None:
         """Count shares of the whole attention.
 

@@ -5,8 +5,9 @@ from typing import Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from pikv_megatron.checkpoint.families.registry import FAMILIES
 from pikv_megatron.checkpoint.rotary import RotaryScaling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,7 +22,7 @@ class Architecture(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    family: Literal["mixtral", "qwen3_moe", "olmoe"] = "mixtral"
+    family: str = "mixtral"
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -30,14 +31,30 @@ class Architecture(BaseModel):
     num_experts: PositiveInt
     moe_router_topk: PositiveInt = 2
     moe_router_pre_softmax: bool = False
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_expert_bias: bool = False
+    moe_router_num_groups: PositiveInt | None = None
+    moe_router_group_topk: PositiveInt | None = None
+    moe_router_topk_scaling_factor: float | None = Field(default=None, gt=0)
     moe_ffn_hidden_size: PositiveInt
+    moe_shared_expert_intermediate_size: PositiveInt | None = None
+    moe_shared_expert_gate: bool = False
     dense_layers: tuple[int, ...] = ()
     ffn_hidden_size: PositiveInt | None = None
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     qk_layernorm: Literal["none", "head", "projection"] = "none"
     clip_qkv: float | None = Field(default=None, gt=0)
+    linear_bias: bool = False
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    attention_sink: bool = False
+    sliding_window: PositiveInt | None = None
+    sliding_layers: tuple[int, ...] = ()
+    activation: Literal["silu", "clamped_swiglu"] = "silu"
+    activation_limit: float | None = Field(default=None, gt=0)
     rotary_base: float = Field(default=10000.0, gt=1)
+    rotary_percent: float = Field(default=1.0, gt=0, le=1)
     rotary_scaling: RotaryScaling | None = None
     vocab_size: PositiveInt
     max_sequence_length: PositiveInt
@@ -69,6 +86,13 @@ class Architecture(BaseModel):
         """For every layer, whether it has experts or one dense block."""
         return [layer not in self.dense_layers for layer in range(self.num_layers)]
 
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, name: str) -> str:
+        if name not in FAMILIES:
+            raise ValueError(f"family = {name!r} is not known, only {', '.join(FAMILIES)} are")
+        return name
+
     @model_validator(mode="after")
     def _check(self) -> "Architecture":
         self._check_heads()
@@ -87,21 +111,53 @@ class Architecture(BaseModel):
         if self.head_dim % 2:
             raise ValueError(f"kv_channels {self.head_dim} must be even: rotary pairs need it")
 
+        if bool(self.sliding_layers) != (self.sliding_window is not None):
+            raise ValueError(
+                f"sliding_layers {self.sliding_layers} and sliding_window {self.sliding_window} "
+                "need each other"
+            )
+        self._check_layers("sliding_layers")
+        if self.linear_bias and not (self.qkv_bias and self.attention_output_bias):
+            raise ValueError("linear_bias needs qkv_bias and attention_output_bias")
+        if (self.activation == "clamped_swiglu") != (self.activation_limit is not None):
+            raise ValueError(
+                f"activation {self.activation} and activation_limit {self.activation_limit} do "
+                "not fit"
+            )
         if self.clip_qkv is not None and self.qk_layernorm != "projection":
             raise ValueError(f"clip_qkv = {self.clip_qkv} needs qk_layernorm = 'projection'")
+
+    @property
+    def _is_softmax_of_chosen(self) -> bool:
+        return self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax
 
     def _check_experts(self) -> None:
         if self.moe_router_topk > self.num_experts:
             raise ValueError(
                 f"moe_router_topk {self.moe_router_topk} exceeds num_experts {self.num_experts}"
             )
-        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+        if self.moe_router_topk == 1 and self._is_softmax_of_chosen:
             raise ValueError(
                 "moe_router_topk = 1 needs moe_router_pre_softmax = true: a softmax over one "
                 "expert is constant"
             )
-        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
-        if outside:
-            raise ValueError(f"dense_layers {outside} are not among {self.num_layers} layers")
+        if self.moe_router_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                "moe_router_expert_bias needs moe_router_score_function = 'sigmoid'"
+            )
+        groups, chosen = self.moe_router_num_groups, self.moe_router_group_topk
+        if (groups is None) != (chosen is None) or self.num_experts % (groups or 1):
+            raise ValueError(
+                f"moe_router_num_groups {groups} must divide num_experts {self.num_experts}, and "
+                f"needs moe_router_group_topk, which is {chosen}"
+            )
+        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
+            raise ValueError("moe_shared_expert_gate needs moe_shared_expert_intermediate_size")
+        self._check_layers("dense_layers")
         if self.dense_layers and self.ffn_hidden_size is None:
             raise ValueError("dense_layers need ffn_hidden_size, their width")
+
+    def _check_layers(self, field: str) -> None:
+        outside = [layer for layer in getattr(self, field) if not 0 <= layer < self.num_layers]
+        if outside:
+            raise ValueError(f"{field} {outside} are not among {self.num_layers} layers")

@@ -38,7 +38,20 @@ def _one_layer_spec(architecture: Architecture, is_moe: bool) -> ModuleSpec:
         attention.q_layernorm, attention.k_layernorm = QueryProjectionNorm, KeyProjectionNorm
         if architecture.clip_qkv is not None:
             attention.linear_qkv = clip_values(attention.linear_qkv)
+    if architecture.attention_output_bias:
+        attention = spec.submodules.self_attention.submodules
+        attention.linear_proj = with_bias(attention.linear_proj)
     return spec
+
+
+def with_bias(linear: type) -> type:
+    """A linear layer that has a bias, where Megatron-Core gives all of them one or none."""
+
+    class BiasedLinear(linear):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"bias": True})
+
+    return BiasedLinear
 
 
 def _final_norm() -> type:

@@ -5,22 +5,24 @@ from pathlib import Path
 from typing import Any
 
 from pikv_megatron.checkpoint.architecture import Architecture
-from pikv_megatron.checkpoint.huggingface_config import FAMILIES, QK_LAYERNORM
+from pikv_megatron.checkpoint.families.registry import FAMILIES
+from pikv_megatron.checkpoint.huggingface_config import architecture_of
 from pikv_megatron.checkpoint.rotary import LLAMA3_CONSTANTS, RotaryScaling
 
 
 def write_config(architecture: Architecture, directory: Path, dtype: str) -> None:
     """Write the `config.json` that `read_architecture` and transformers read back."""
-    config = _huggingface_fields(architecture) | {"torch_dtype": dtype}
+    config = _huggingface_fields(architecture)
+    _check_readable(architecture, config | {"torch_dtype": architecture.dtype})
+    config |= {"torch_dtype": dtype}
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _huggingface_fields(architecture: Architecture) -> dict[str, Any]:
-    family = architecture.family
-    names = {ours: theirs for theirs, ours in FAMILIES.items()}
+    family = FAMILIES[architecture.family]
     return {
-        "architectures": [names[family]],
-        "model_type": family,
+        "architectures": [family.class_name],
+        "model_type": family.name,
         "num_hidden_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
         "num_attention_heads": architecture.num_attention_heads,
@@ -35,7 +37,7 @@ def _huggingface_fields(architecture: Architecture) -> dict[str, Any]:
         "bos_token_id": architecture.bos_id,
         "eos_token_id": _one_or_list(architecture.eos_ids),
         "hidden_act": "silu",
-    } | _head_dim(architecture) | _family_fields(architecture)
+    } | _head_dim(architecture) | family.write(architecture)
 
 
 def _head_dim(architecture: Architecture) -> dict[str, int]:
@@ -43,54 +45,25 @@ def _head_dim(architecture: Architecture) -> dict[str, int]:
     return {} if architecture.kv_channels is None else {"head_dim": architecture.kv_channels}
 
 
-def _family_fields(architecture: Architecture) -> dict[str, Any]:
-    _check_family(architecture)
-    normalised = {"norm_topk_prob": not architecture.moe_router_pre_softmax}
-    width = architecture.moe_ffn_hidden_size
-    if architecture.family == "mixtral":
-        return {
-            "num_local_experts": architecture.num_experts,
-            "intermediate_size": width,
-            "sliding_window": None,
-        }
-    if architecture.family == "olmoe":
-        return normalised | {
-            "num_experts": architecture.num_experts,
-            "intermediate_size": width,
-            "clip_qkv": architecture.clip_qkv,
-        }
-    return normalised | {
-        "num_experts": architecture.num_experts,
-        "moe_intermediate_size": width,
-        "intermediate_size": architecture.ffn_hidden_size or width,
-        "mlp_only_layers": list(architecture.dense_layers),
-        "decoder_sparse_step": 1,
-    }
-
-
-def _check_family(architecture: Architecture) -> None:
+def _check_readable(architecture: Architecture, config: dict[str, Any]) -> None:
     """A family's `config.json` cannot say everything that an `Architecture` can."""
-    family = architecture.family
-    fixed = {"normalization": "RMSNorm", "qk_layernorm": QK_LAYERNORM[family]}
-    if family == "mixtral":
-        fixed |= {"moe_router_pre_softmax": False}
-    if family != "qwen3_moe":
-        fixed |= {"dense_layers": ()}
-    if family != "olmoe":
-        fixed |= {"clip_qkv": None}
-    elif architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
-        raise ValueError(f"kv_channels = {architecture.kv_channels} cannot be written for olmoe")
-    for field, value in fixed.items():
-        if getattr(architecture, field) != value:
+    try:
+        said = architecture_of(config)
+    except ValueError as error:
+        raise ValueError(f"cannot be written for {architecture.family}: {error}") from error
+    for field, value in architecture:
+        if getattr(said, field) != value:
             raise ValueError(
-                f"{field} = {getattr(architecture, field)!r} cannot be written for {family}, "
-                f"which has {value!r}"
+                f"{field} = {value!r} cannot be written for {architecture.family}, which has "
+                f"{getattr(said, field)!r}"
             )
 
 
 def _rope_parameters(architecture: Architecture) -> dict[str, Any]:
     scaling = architecture.rotary_scaling
     theta = {"rope_theta": architecture.rotary_base}
+    if FAMILIES[architecture.family].has_partial_rotary:
+        theta["partial_rotary_factor"] = architecture.rotary_percent
     if scaling is None:
         return theta | {"rope_type": "default"}
     named = theta | {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -105,6 +78,7 @@ def _yarn_parameters(scaling: RotaryScaling) -> dict[str, Any]:
         "beta_slow": scaling.beta_slow,
         "mscale": scaling.mscale,
         "mscale_all_dim": scaling.mscale_all_dim,
+        "attention_factor": scaling.attention_factor,
         "truncate": scaling.round_correction_range,
     }
     return {field: value for field, value in parameters.items() if value is not None}

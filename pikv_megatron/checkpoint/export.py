@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.config_writer import write_config
-from pikv_megatron.checkpoint.name_table import global_name, name_table
+from pikv_megatron.checkpoint.name_table import global_name, name_table, named_tensors
 
 
 def save_huggingface(
@@ -40,6 +40,9 @@ def save_huggingface(
     dtype_names = {value: name for name, value in DTYPES.items()}
     if dtype not in dtype_names:
         raise ValueError(f"dtype {dtype} is not supported, only {', '.join(DTYPES)} are")
+    # A directory's output layer may be another one than its config.json says.
+    tied = model.share_embeddings_and_output_weights
+    architecture = architecture.model_copy(update={"tie_embeddings": tied})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_config(architecture, directory, dtype_names[dtype])
@@ -51,10 +54,11 @@ def _huggingface_tensors(
     model: GPTModel, architecture: Architecture, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     table, tensors = name_table(architecture), {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_tensors(model).items():
         slot = table.pop(global_name(name, first_expert=0))
         for source, tensor in zip(slot.sources, slot.unpack(parameter.detach()), strict=True):
             assert tensor.shape == source.shape, f"{name}: {tuple(tensor.shape)}"
-            tensors[source.name] = tensor.to("cpu", dtype).contiguous()
+            kept = dtype if isinstance(parameter, torch.nn.Parameter) else torch.float32
+            tensors[source.name] = tensor.to("cpu", kept).contiguous()
     assert not table, f"the model lacks {list(table)}"
     return tensors

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
@@ -18,6 +19,10 @@ from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
 
 __all__ = ["GPTConfig", "build_model", "identity", "layer_spec", "transformer_config"]
 
+SPLIT_FIELDS = (  # over tensor-parallel ranks
+    "num_query_groups", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "ffn_hidden_size",
+)
 SpecTransform = Callable[[TransformerBlockSubmodules], TransformerBlockSubmodules]
 
 
@@ -68,7 +73,16 @@ def transformer_config(
         num_moe_experts=architecture.num_experts,
         moe_router_topk=architecture.moe_router_topk,
         moe_router_pre_softmax=architecture.moe_router_pre_softmax,
+        moe_router_score_function=architecture.moe_router_score_function,
+        moe_router_enable_expert_bias=architecture.moe_router_expert_bias,
+        moe_router_num_groups=architecture.moe_router_num_groups,
+        moe_router_group_topk=architecture.moe_router_group_topk,
+        moe_router_topk_scaling_factor=architecture.moe_router_topk_scaling_factor,
+        # Sigmoid scores lie close together; such models are trained with exact ones.
+        moe_router_dtype="fp32" if architecture.moe_router_score_function == "sigmoid" else None,
         moe_ffn_hidden_size=architecture.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=architecture.moe_shared_expert_intermediate_size,
+        moe_shared_expert_gate=architecture.moe_shared_expert_gate,
         moe_layer_freq=_moe_layer_freq(architecture),
         moe_token_dispatcher_type="alltoall",  # the one that takes uneven rows per rank
         moe_router_load_balancing_type="none",
@@ -76,9 +90,12 @@ def transformer_config(
         layernorm_epsilon=architecture.layernorm_epsilon,
         qk_layernorm=architecture.qk_layernorm != "none",
         clip_qkv=architecture.clip_qkv,
-        activation_func=F.silu,
+        add_qkv_bias=architecture.qkv_bias,
         gated_linear_unit=True,
-        add_bias_linear=False,
+        add_bias_linear=architecture.linear_bias,
+        softmax_type="learnable" if architecture.attention_sink else "vanilla",
+        **_activation_fields(architecture),
+        **_window_fields(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_backend=AttnBackend.auto if has_transformer_engine() else AttnBackend.local,
@@ -135,7 +152,12 @@ def _check_parallel_sizes(architecture: Architecture, pg: ProcessGroupCollection
     tensor_parallel, expert_parallel = pg.tp.size(), pg.ep.size()
     if pg.pp.size() > 1:
         raise ValueError(f"pipeline parallel size {pg.pp.size()} is not supported: it must be 1")
-    for field in ("num_query_groups", "moe_ffn_hidden_size", "ffn_hidden_size"):
+    if architecture.linear_bias and tensor_parallel > 1:
+        raise ValueError(
+            f"tensor parallel size {tensor_parallel} is not supported with linear_bias: every rank "
+            "would add the experts' bias; set it to 1"
+        )
+    for field in SPLIT_FIELDS:
         value = getattr(architecture, field)
         if value is not None and value % tensor_parallel:
             raise ValueError(
@@ -148,6 +170,27 @@ def _check_parallel_sizes(architecture: Architecture, pg: ProcessGroupCollection
         )
 
 
+def _activation_fields(architecture: Architecture) -> dict[str, Any]:
+    if architecture.activation == "silu":
+        return {"activation_func": F.silu}
+    return {
+        "activation_func": quick_gelu,
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": architecture.activation_limit,
+    }
+
+
+def _window_fields(architecture: Architecture) -> dict[str, Any]:
+    """Megatron-Core counts the tokens beside the query's own."""
+    if architecture.sliding_window is None:
+        return {}
+    layers = range(architecture.num_layers)
+    return {
+        "window_size": (architecture.sliding_window - 1, 0),
+        "window_attn_skip_freq": [int(layer in architecture.sliding_layers) for layer in layers],
+    }
+
+
 def _moe_layer_freq(architecture: Architecture) -> int | list[int]:
     # With a list, Megatron-Core names the tensors of its checkpoints layer by layer; an even stack
     # keeps the number 1, and with it the stacked names of everybody else's checkpoints.
@@ -157,7 +200,8 @@ def _moe_layer_freq(architecture: Architecture) -> int | list[int]:
 def _rotary_arguments(architecture: Architecture) -> dict[str, Any]:
     scaling = architecture.rotary_scaling
     arguments: dict[str, Any] = dict(
-        position_embedding_type="rope", rotary_base=architecture.rotary_base
+        position_embedding_type="rope", rotary_base=architecture.rotary_base,
+        rotary_percent=architecture.rotary_percent,
     )
     if scaling is None:
         return arguments
@@ -173,12 +217,13 @@ def _yarn_fields(architecture: Architecture) -> dict[str, Any]:
     scaling = architecture.rotary_scaling
     if scaling is None or scaling.kind != "yarn":
         return {}
+    mscale, mscale_all_dim = scaling.mscales()
     return dict(
         yarn_rotary_scaling_factor=scaling.factor,
         yarn_original_max_position_embeddings=scaling.original_max_positions,
         yarn_beta_fast=scaling.beta_fast,
         yarn_beta_slow=scaling.beta_slow,
-        yarn_mscale=scaling.mscale,
-        yarn_mscale_all_dim=scaling.mscale_all_dim,
+        yarn_mscale=mscale,
+        yarn_mscale_all_dim=mscale_all_dim,
         yarn_correction_range_round_to_int=scaling.round_correction_range,
     )

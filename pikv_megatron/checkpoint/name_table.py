@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.families.registry import FAMILIES
 
 # TransformerEngine fuses a norm into the linear layer behind it and renames its weight.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-EXPERT_NAMES = {"mixtral": ("w1", "w3", "w2")}
-DEFAULT_EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class Source:
         other_name: the tensor's other spelling, if there is one.
         expert: its first index there, where that tensor holds all experts.
         first_row: its first row there, where that tensor also holds gate and up together.
+        row_step: from one of its rows to the next there.
+        is_transposed: whether rows and columns are exchanged there.
         other_shape: the whole shape of that tensor.
     """
 
@@ -40,6 +41,8 @@ class Source:
     other_shape: tuple[int, ...] = ()
     expert: int | None = None
     first_row: int = 0
+    row_step: int = 1
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,12 @@ def global_name(parameter: str, first_expert: int) -> str:
     )
 
 
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint fills: the parameters, and the biases by which experts are chosen."""
+    biases = ((n, b) for n, b in model.named_buffers() if n.endswith("router.expert_bias"))
+    return {**dict(model.named_parameters()), **dict(biases)}
+
+
 def _plain(name: str, shape: tuple[int, ...], tp_axis: int | None = None) -> Slot:
     return Slot((Source(name, shape),), tp_axis)
 
@@ -123,6 +132,17 @@ def _attention_slots(a: Architecture, prefix: str) -> Iterator[tuple[str, Slot]]
     yield "self_attention.linear_qkv.weight", Slot(qkv, tp_axis=0, group_dim=hn)
     projection = _plain(attention + "o_proj.weight", (h, q_rows), 1)
     yield "self_attention.linear_proj.weight", projection
+    if a.qkv_bias:
+        biases = tuple(
+            Source(f"{attention}{letter}_proj.bias", (rows,))
+            for letter, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
+        )
+        yield "self_attention.linear_qkv.bias", Slot(biases, tp_axis=0, group_dim=hn)
+    if a.attention_output_bias:
+        yield "self_attention.linear_proj.bias", _plain(attention + "o_proj.bias", (h,))
+    if a.attention_sink:
+        sinks = _plain(attention + "sinks", (a.num_attention_heads,), 0)
+        yield "self_attention.core_attention.softmax_offset", sinks
     if a.qk_layernorm != "none":
         whole = a.qk_layernorm == "projection"
         for letter, rows in (("q", q_rows), ("k", kv_rows)):
@@ -140,23 +160,73 @@ def _dense_slots(a: Architecture, layer: int) -> Iterator[tuple[str, Slot]]:
 
 
 def _moe_slots(a: Architecture, layer: int) -> Iterator[tuple[str, Slot]]:
-    prefix, shape = f"model.layers.{layer}.", (a.num_experts, a.hidden_size)
-    block = prefix + ("block_sparse_moe." if a.family == "mixtral" else "mlp.")
-    gate = Source(block + "gate.weight", shape, prefix + "mlp.gate.weight", shape)
+    names, prefix = FAMILIES[a.family].names, f"model.layers.{layer}."
+    block, newer = prefix + names.block, prefix + "mlp."
+    shape = (a.num_experts, a.hidden_size)
+    gate = Source(block + names.router[0], shape, newer + names.router[1], shape)
     yield "mlp.router.weight", Slot((gate,))
+    if a.linear_bias:
+        bias_name = names.router[0].replace("weight", "bias")
+        yield "mlp.router.bias", _plain(block + bias_name, shape[:1])
+    if a.moe_router_expert_bias:
+        bias = Source(
+            block + names.expert_bias[0], shape[:1], newer + names.expert_bias[1], shape[:1]
+        )
+        yield "mlp.router.expert_bias", Slot((bias,))
+    if a.moe_shared_expert_intermediate_size is not None:
+        yield from _shared_expert_slots(a, block, newer)
+    if names.has_stacked_experts:
+        yield from _stacked_expert_slots(a, f"{block}experts.")
+        return
     for expert in range(a.num_experts):
-        gate_up, down = _expert_sources(a, f"{block}experts.", f"{prefix}mlp.experts.", expert)
+        gate_up, down = _expert_sources(a, f"{block}experts.", f"{newer}experts.", expert)
         name = f"mlp.experts.local_experts.{expert}."
         yield name + "linear_fc1.weight", Slot(gate_up, tp_axis=0)
         yield name + "linear_fc2.weight", Slot((down,), tp_axis=1)
+
+
+def _stacked_expert_slots(a: Architecture, prefix: str) -> Iterator[tuple[str, Slot]]:
+    """gpt-oss: [experts, in, out], with biases; of out, even places are gate, odd ones up."""
+    e, h, f = a.num_experts, a.hidden_size, a.moe_ffn_hidden_size
+
+    def source(name: str, shape: tuple[int, ...], stored: tuple[int, ...], expert: int, **place):
+        is_transposed = len(shape) == 2
+        return Source(
+            prefix + name, shape, prefix + name, (e, *stored), expert,
+            is_transposed=is_transposed, **place,
+        )
+
+    for expert in range(e):
+        name = f"mlp.experts.local_experts.{expert}."
+        places = [{"first_row": first, "row_step": 2} for first in (0, 1)]
+        fc1 = [source("gate_up_proj", (f, h), (h, 2 * f), expert, **place) for place in places]
+        bias = [source("gate_up_proj_bias", (f,), (2 * f,), expert, **place) for place in places]
+        yield name + "linear_fc1.weight", Slot(tuple(fc1), tp_axis=0)
+        yield name + "linear_fc1.bias", Slot(tuple(bias), tp_axis=0)
+        fc2 = source("down_proj", (h, f), (f, h), expert)
+        yield name + "linear_fc2.weight", Slot((fc2,), tp_axis=1)
+        yield name + "linear_fc2.bias", Slot((source("down_proj_bias", (h,), (h,), expert),))
+
+
+def _shared_expert_slots(a: Architecture, block: str, newer: str) -> Iterator[tuple[str, Slot]]:
+    names, h, f = FAMILIES[a.family].names, a.hidden_size, a.moe_shared_expert_intermediate_size
+    prefix, newer_prefix = block + names.shared[0], newer + names.shared[1]
+    gate, up, down = (
+        Source(f"{prefix}{name}_proj.weight", shape, f"{newer_prefix}{name}_proj.weight", shape)
+        for name, shape in (("gate", (f, h)), ("up", (f, h)), ("down", (h, f)))
+    )
+    yield "mlp.shared_experts.linear_fc1.weight", Slot((gate, up), tp_axis=0)
+    yield "mlp.shared_experts.linear_fc2.weight", Slot((down,), tp_axis=1)
+    if a.moe_shared_expert_gate:
+        yield "mlp.shared_experts.gate_weight", _plain(block + names.shared_gate, (1, h))
 
 
 def _expert_sources(
     a: Architecture, block: str, fused_block: str, expert: int
 ) -> tuple[tuple[Source, Source], Source]:
     e, h, f = a.num_experts, a.hidden_size, a.moe_ffn_hidden_size
-    names = EXPERT_NAMES.get(a.family, DEFAULT_EXPERT_NAMES)
-    gate, up, down = (f"{block}{expert}.{name}.weight" for name in names)
+    names = FAMILIES[a.family].names
+    gate, up, down = (f"{block}{expert}.{name}.weight" for name in names.expert)
     fused, fused_shape = fused_block + "gate_up_proj", (e, 2 * f, h)
     gate_up = (
         Source(gate, (f, h), fused, fused_shape, expert),

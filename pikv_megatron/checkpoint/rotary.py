@@ -21,6 +21,7 @@ class RotaryScaling(BaseModel):
         original_max_positions: trained context length, in tokens (yarn only).
         beta_fast, beta_slow: rotations between which yarn blends old and stretched frequencies.
         mscale, mscale_all_dim: yarn's attention factor as a ratio; both or neither.
+        attention_factor: yarn's attention factor itself, where a checkpoint has its own.
         round_correction_range: whether yarn rounds the blended range to whole dimensions.
     """
 
@@ -33,27 +34,39 @@ class RotaryScaling(BaseModel):
     beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    attention_factor: float | None = Field(default=None, gt=0)
     round_correction_range: bool = True
 
-    def attention_factor(self) -> float:
-        """Yarn's factor on queries and keys, as Megatron-Core and transformers compute it."""
+    def mscales(self) -> tuple[float | None, float | None]:
+        """Both scales as Megatron-Core takes them; its factor is the ratio of 0.1 m ln(factor) + 1.
 
-        def magnitude(mscale: float) -> float:
-            return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        Raises:
+            ValueError: a factor of the checkpoint's own, which that cannot be where nothing grows.
+        """
+        if self.attention_factor is None:
+            return self.mscale, self.mscale_all_dim
+        if self.factor > 1:
+            return (self.attention_factor - 1.0) / (0.1 * math.log(self.factor)), 0.0
+        if self.attention_factor != 1.0:
+            _refuse("attention_factor", self.attention_factor, "1, as factor is at most 1")
+        return None, None
 
-        if self.mscale is None:
-            return magnitude(1.0)
-        return magnitude(self.mscale) / magnitude(self.mscale_all_dim)
 
-
-def rotary_scaling(parameters: dict[str, Any], max_positions: int) -> RotaryScaling | None:
+def rotary_scaling(
+    parameters: dict[str, Any], max_positions: int, is_partial: bool = False
+) -> RotaryScaling | None:
     """Read `rope_parameters` (or the older `rope_scaling`) of a Hugging Face config.
+
+    Args:
+        parameters: the field's content.
+        max_positions: longest context, in tokens.
+        is_partial: whether a part of each head may be rotated.
 
     Raises:
         ValueError: the variant, or a setting of it, has no exact counterpart in Megatron-Core.
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    if not is_partial and parameters.get("partial_rotary_factor", 1.0) != 1.0:
         _refuse("partial_rotary_factor", parameters["partial_rotary_factor"], "1.0")
     if kind == "default":
         return None
@@ -78,7 +91,7 @@ def _yarn(parameters: dict[str, Any], max_positions: int) -> RotaryScaling:
     original = parameters.get("original_max_position_embeddings") or max_positions
     mscales = parameters.get("mscale"), parameters.get("mscale_all_dim")
     mscale, mscale_all_dim = mscales if all(mscales) else (None, None)
-    scaling = RotaryScaling(
+    return RotaryScaling(
         kind="yarn",
         factor=parameters.get("factor") or max_positions / original,
         original_max_positions=original,
@@ -86,12 +99,9 @@ def _yarn(parameters: dict[str, Any], max_positions: int) -> RotaryScaling:
         beta_slow=parameters.get("beta_slow") or 1.0,
         mscale=mscale,
         mscale_all_dim=mscale_all_dim,
+        attention_factor=parameters.get("attention_factor"),
         round_correction_range=parameters.get("truncate", True),
     )
-    wanted = parameters.get("attention_factor")
-    if wanted is not None and abs(wanted - scaling.attention_factor()) > 1e-6:
-        _refuse("attention_factor", wanted, f"{scaling.attention_factor()}, or absent")
-    return scaling
 
 
 def _required(parameters: dict[str, Any], field: str) -> Any:

@@ -23,7 +23,7 @@ class PageCounter:
     """
 
     def __init__(self, context: PiKVInferenceContext):
-        self._stores = [layer.store for layer in context.layers.values()]
+        self._stores = [layer.store for layer in context.sharded_layers]
         self.is_on = False
         self.reset()
         for index, store in enumerate(self._stores):

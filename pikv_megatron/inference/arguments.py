@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,23 @@ class ArgumentParser(argparse.ArgumentParser):
     def print_help(self, file=None) -> None:
         if os.environ.get("RANK", "0") == "0":
             super().print_help(file)
+
+
+def joined_values(
+    parser: argparse.ArgumentParser, argv: Sequence[str], names: Sequence[str]
+) -> list[str]:
+    """`--prompt -x` as `--prompt=-x`: argparse would take a text with a dash for an option.
+
+    An option of the parser's own stays one, so that a forgotten value is still noticed.
+    """
+    joined: list[str] = []
+    for argument in argv:
+        is_option = argument.split("=")[0] in parser._option_string_actions
+        if joined and joined[-1] in names and argument.startswith("-") and not is_option:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def positive(kind: type):

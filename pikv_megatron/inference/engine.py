@@ -7,6 +7,7 @@ the hidden states of its own sequences and stores a share of everyone's KV.
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
+from math import isnan
 
 import deepspeed.comm as dist
 import torch
@@ -82,6 +83,9 @@ class Engine:
         """One forward pass; without a running sequence there is none.
 
         An exception ends every sequence: a cache that was written by half a step is of no use.
+
+        Raises:
+            ValueError: a token's logits are not numbers.
         """
         feeds = schedule(self.running.values(), self.context.num_ranks, self._prefill_chunk_size)
         try:
@@ -165,6 +169,12 @@ class Engine:
         pairs = exchange_tokens(chosen, [len(rank) for rank in ends], self._ep_group)
         step = EngineStep({}, {}, {}, num_prompt_tokens)
         for sequence, (token, logprob) in zip(chain(*ends), chain(*pairs)):
+            if isnan(logprob):
+                raise ValueError(
+                    f"logits of sequence {sequence.id} are not numbers after "
+                    f"{len(sequence.history)} tokens: a weight is NaN or infinite, or its type is "
+                    "too narrow for the activations"
+                )
             self._take(sequence, int(token), logprob, step)
         return step
 

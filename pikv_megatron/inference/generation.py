@@ -82,7 +82,8 @@ class PiKVForCausalLM(torch.nn.Module):
         """Continue prompts. Called on every rank with the same arguments.
 
         Args:
-            input_ids: prompts, ragged lists of token ids or a tensor [b, s].
+            input_ids: prompts, ragged lists of token ids or a tensor [b, s]. DeepSpeed's engine
+                takes lists by position only: under this name it asks for a tensor.
             max_new_tokens: most tokens to generate for each.
             sampling: how tokens are chosen; default greedy.
             stop: when a sequence ends; default only by length.
@@ -113,7 +114,7 @@ class PiKVForCausalLM(torch.nn.Module):
             self._make_room(requests)
         ids = self.engine.add(requests)
         if stop is not None:
-            stop.reset()
+            stop.reset([list(self.engine.running[sequence_id].history) for sequence_id in ids])
         return self._run(ids, callback, keep_cache)
 
     def _check_ranks(self, call: object) -> None:

@@ -12,13 +12,23 @@ from pydantic import ValidationError
 
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
+from pikv_megatron.checkpoint.families.registry import FAMILIES
+from pikv_megatron.checkpoint.generation_config import sampling_defaults
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.config import PiKVConfig
-from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive, writable
+from pikv_megatron.inference.arguments import (
+    ArgumentParser,
+    default_dtype,
+    joined_values,
+    positive,
+    writable,
+)
+from pikv_megatron.inference.prompts import encode_prompts, read_prompts
 from pikv_megatron.inference.sampling import SamplingParams
 
 SAMPLING_FIELDS = tuple(SamplingParams.model_fields)
+TEXT_OPTIONS = ("--prompt", "--stop")  # their value may begin with a dash
 
 
 @dataclass(frozen=True)
@@ -70,20 +80,24 @@ def parse_options(argv: Sequence[str], deepspeed_config: Path) -> GenerateOption
     Raises:
         ValueError: with one line that says what is wrong.
     """
-    args = _parser(deepspeed_config).parse_args(argv)
+    parser = _parser(deepspeed_config)
+    args = parser.parse_args(joined_values(parser, argv, TEXT_OPTIONS))
     architecture, tokenizer = _read_model(args.model)
     pikv = PiKVConfig.from_file(args.pikv) if args.pikv else PiKVConfig()
     expert_parallel_size = _expert_parallel_size(args, architecture)
     Placement.resolve(pikv, expert_parallel_size)
-    prompts = _read_prompts(args)
+    prompts = read_prompts(args.prompt, args.prompt_file)
     options = GenerateOptions(
         model=args.model,
         architecture=architecture,
         tokenizer=tokenizer,
         pikv=pikv,
         deepspeed={**_read_deepspeed_config(args.deepspeed_config), "dtype": DTYPES[args.dtype]},
-        prompts=prompts,
-        prompt_ids=[tokenizer.encode(prompt) for prompt in prompts],
+        prompts=[text for _, text in prompts],
+        prompt_ids=encode_prompts(
+            prompts, tokenizer, args.model if args.chat else None, args.special_tokens,
+            architecture.vocab_size,
+        ),
         max_new_tokens=args.max_new_tokens,
         sampling=_sampling(args),
         stop_strings=args.stop,
@@ -103,16 +117,21 @@ def _parser(deepspeed_config: Path) -> ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True,
-        help="Hugging Face directory: Mixtral, Qwen3-MoE, OLMoE")
+        help=f"Hugging Face directory: {', '.join(FAMILIES)}")
     add("--pikv", type=Path, help="YAML file of the cache; default: lossless")
     add("--prompt", action="append", default=[], help="text to continue; may be repeated")
     add("--prompt-file", type=Path, help="more texts, one a line (UTF-8)")
+    add("--chat", action="store_true", help="each text is a user's message: put it into the "
+        "model's chat template")
+    add("--no-special-tokens", action="store_false", dest="special_tokens",
+        help="texts hold their special tokens already: put none around them")
     add("--max-new-tokens", type=positive(int), default=64, help="for each text; default: 64")
-    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    add("--top-k", type=int, default=0, help="draw among the k likeliest; default: 0, all")
-    add("--top-p", type=float, default=1.0, help="draw among the likeliest p; default: 1, all")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less; default: 1")
-    add("--seed", type=int, default=0, help="of the draws; default: 0")
+    add("--temperature", type=float, help="0 takes the likeliest token; default of this and the "
+        "next three: the model's generation_config.json, else 0")
+    add("--top-k", type=int, help="draw among the k likeliest; 0: all")
+    add("--top-p", type=float, help="draw among the likeliest p; 1: all")
+    add("--repetition-penalty", type=float, help="above 1 repeats less; 1: none")
+    add("--seed", type=int, help="of the draws; default: 0")
     add("--stop", action="append", default=[], help="text that ends a sequence; may be repeated")
     add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
     add("--output", type=Path, help="results, one JSON object a line")
@@ -155,32 +174,19 @@ def _expert_parallel_size(args: argparse.Namespace, architecture: Architecture) 
     return size
 
 
-def _read_prompts(args: argparse.Namespace) -> list[str]:
-    named = [(f"--prompt {i + 1}", text) for i, text in enumerate(args.prompt)]
-    if args.prompt_file:
-        try:
-            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompt-file {args.prompt_file}: {error}") from error
-        name = f"--prompt-file {args.prompt_file}, line"
-        named += [(f"{name} {i + 1}", text) for i, text in enumerate(lines)]
-    if not named:
-        raise ValueError("there is nothing to continue: give --prompt or --prompt-file")
-    for name, text in named:
-        if not text.strip():
-            raise ValueError(f"{name} is empty")
-    return [text for _, text in named]
-
-
 def _sampling(args: argparse.Namespace) -> SamplingParams:
     if "" in args.stop:
         raise ValueError("--stop is empty")
+    given = {field: getattr(args, field) for field in SAMPLING_FIELDS}
+    given = {field: value for field, value in given.items() if value is not None}
     try:
-        return SamplingParams(**{field: getattr(args, field) for field in SAMPLING_FIELDS})
+        return SamplingParams(**sampling_defaults(args.model) | given)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + first["loc"][0].replace("_", "-")
-        raise ValueError(f"{option} {first['input']}: {first['msg']}") from error
+        field = first["loc"][0]
+        option = "--" + field.replace("_", "-")
+        name = option if field in given else f"{args.model / 'generation_config.json'}: {field}"
+        raise ValueError(f"{name} {first['input']}: {first['msg']}") from error
 
 
 def _read_deepspeed_config(path: Path) -> dict[str, Any]:

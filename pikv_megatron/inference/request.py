@@ -1,11 +1,15 @@
 """What a caller asks of the engine, and the checks before anything is computed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 
 from pikv_megatron.inference.sampling import SamplingParams
+
+ENCODE = "encode texts with the model's tokenizer first"
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,40 @@ class Request:
 
 
 def as_prompts(input_ids: torch.Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts as lists: from lists (ragged), or from a tensor [b, s] of equally long ones.
+    """Prompts as lists: from lists (ragged), or from tensors, [b, s] or one [s] each.
 
     Raises:
-        ValueError: there is none, or the tensor has another shape.
+        ValueError: there is none, or one is no list of token ids.
     """
     if isinstance(input_ids, torch.Tensor):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: expected [b, s], got shape {list(input_ids.shape)}")
         input_ids = input_ids.tolist()
-    if not len(input_ids):
+    if isinstance(input_ids, str) or not isinstance(input_ids, Iterable):
+        raise ValueError(f"input_ids: expected lists of token ids, got {input_ids!r}: {ENCODE}")
+    prompts = [_as_prompt(place, prompt) for place, prompt in enumerate(input_ids)]
+    if not prompts:
         raise ValueError("input_ids: no prompts were given, pass one at least")
-    return [list(prompt) for prompt in input_ids]
+    return prompts
+
+
+def _as_prompt(place: int, prompt: Any) -> list[int]:
+    if isinstance(prompt, Integral):
+        raise ValueError(
+            f"input_ids: prompt {place} is the number {prompt}: give a list of prompts, each a "
+            "list of token ids"
+        )
+    if isinstance(prompt, str) or not isinstance(prompt, Iterable):
+        raise ValueError(f"input_ids: prompt {place} is {prompt!r}: {ENCODE}")
+    tokens = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+    wrong = [token for token in tokens if not _is_integer(token)]
+    if wrong:
+        raise ValueError(f"input_ids: prompt {place} holds {wrong[0]!r}, which is no token id")
+    return [int(token) for token in tokens]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_requests(
@@ -61,8 +87,10 @@ def check_requests(
         ValueError: names the field, the prompt's place and the remedy.
     """
     for place, (request, past) in enumerate(zip(requests, cached)):
-        if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if not _is_integer(request.max_new_tokens) or request.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens must be a whole number, at least 1, got {request.max_new_tokens!r}"
+            )
         _check_tokens(place, request.prompt, vocab_size)
         _check_length(place, request, past, max_sequence_length)
 

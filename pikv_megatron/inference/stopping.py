@@ -1,77 +1,19 @@
-"""When a sequence ends, and its text while it grows.
+"""When a sequence ends, and its text while it grows."""
 
-Both look at the last few tokens only, so that n tokens cost n steps.
-"""
+from collections.abc import Mapping, Sequence
 
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Protocol
+from pikv_megatron.inference.incremental_text import IncrementalDecoder, TextDecoder
 
 STOP = "stop"
-INCOMPLETE = "\ufffd"  # how tokenizers decode the bytes of an unfinished (or broken) character
-MAX_HELD = 3  # bytes of an unfinished UTF-8 character, at most; each is one token at most
-MAX_WINDOW = 32  # tokens decoded again at each step when nothing but broken bytes arrives
-
-
-class TextDecoder(Protocol):
-    """The one method of a tokenizer that is used here."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
-
-
-class IncrementalDecoder:
-    """Turns tokens into text one at a time, and gives away complete characters only.
-
-    Tokens are decoded with those that came before them since the last but one complete
-    character: some tokenizers spell a token otherwise at the start of a text.
-
-    >>> decoder.push(0xE2), decoder.push(0x82), decoder.push(0xAC)  # byte-level tokens
-    ('', '', '€')
-    """
-
-    def __init__(self, tokenizer: TextDecoder):
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._text = ""  # of the window
-        self._given = 0  # characters of it given away
-        self._boundary = 0  # tokens of the window up to its last complete character
-
-    def push(self, token_id: int) -> str:
-        """Take the next token and return the text that became complete, often empty."""
-        self._window.append(token_id)
-        self._text = self._tokenizer.decode(self._window)
-        held = len(self._text) - len(self._text.rstrip(INCOMPLETE))
-        if len(self._window) - self._boundary > MAX_HELD:
-            held = min(held, MAX_HELD)  # some of it is broken, not unfinished
-        complete = len(self._text) - held
-        piece = self._text[self._given : complete]
-        self._given = max(self._given, complete)
-        if piece and not held:
-            self._drop(self._boundary)
-            self._boundary = len(self._window)
-        elif len(self._window) > MAX_WINDOW:
-            self._drop(MAX_WINDOW // 2)
-            self._boundary = max(0, self._boundary - MAX_WINDOW // 2)
-        return piece
-
-    @property
-    def pending(self) -> str:
-        """The text held back, because the next token may change it."""
-        return self._text[self._given :]
-
-    def _drop(self, num_tokens: int) -> None:
-        pending = len(self.pending)
-        self._window = self._window[num_tokens:]
-        self._text = self._tokenizer.decode(self._window)
-        self._given = max(0, len(self._text) - pending)
+FIRST_MARK = 0x100000  # private use: stands for a special token, whose text is not shown
 
 
 class StopCriteria:
     """Ends sequences at stop tokens and stop strings, and keeps their texts.
 
-    A stop string is found wherever it appears in the text: across tokens, or from within one. The
-    text ends before it, and before a stop token.
+    A stop string is found wherever it appears in the text: across tokens, or from within one. It
+    may hold special tokens, which the text leaves out. The text ends before it, and before a stop
+    token.
 
     Args:
         stop_token_ids: tokens that end a sequence.
@@ -99,20 +41,25 @@ class StopCriteria:
         self.stop_token_ids = frozenset(stop_token_ids)
         self.stop_strings = tuple(stop_strings)
         self._tokenizer = tokenizer
+        special = getattr(tokenizer, "special_tokens", {})
+        self._marks = _marks({n: text for n, text in special.items() if text}, self.stop_strings)
         self.reset()
 
-    def reset(self) -> None:
-        """Forget every sequence."""
-        self._texts: dict[int, _GrowingText] = defaultdict(self._new_text)
+    def reset(self, prompts: Sequence[Sequence[int]] = ()) -> None:
+        """Forget every sequence. The new ones continue `prompts`, token ids: a text is what
+        decoding both gives beyond the prompt's own."""
+        self._prompts = prompts
+        self._texts: dict[int, _GrowingText] = {}
 
     def update(self, sequence_index: int, token_id: int) -> str | None:
         """Take a sequence's next token; "stop" where it ends the sequence, else None."""
-        text = self._texts[sequence_index]
+        text = self._text_of(sequence_index)
         if not text.is_finished:
             if token_id in self.stop_token_ids:
                 text.is_finished = True
             elif text.decoder:
-                text.append(text.decoder.push(token_id))
+                mark = self._marks.get(token_id, ("", ""))[0]
+                text.append(text.decoder.push(token_id) + mark)
         return STOP if text.is_finished else None
 
     def text(self, sequence_index: int) -> str:
@@ -137,24 +84,52 @@ class StopCriteria:
     def _decoded(self, sequence_index: int) -> "_GrowingText":
         if self._tokenizer is None:
             raise ValueError("texts need a tokenizer: pass it to StopCriteria")
+        return self._text_of(sequence_index)
+
+    def _text_of(self, sequence_index: int) -> "_GrowingText":
+        if sequence_index not in self._texts:
+            self._texts[sequence_index] = self._new_text(sequence_index)
         return self._texts[sequence_index]
 
-    def _new_text(self) -> "_GrowingText":
-        return _GrowingText(
-            IncrementalDecoder(self._tokenizer) if self._tokenizer else None, self.stop_strings
-        )
+    def _new_text(self, sequence_index: int) -> "_GrowingText":
+        if self._tokenizer is None:
+            return _GrowingText(None, (), "")
+        is_known = sequence_index < len(self._prompts)
+        prompt = self._prompts[sequence_index] if is_known else ()
+        sought = {*self.stop_strings, *(_marked(s, self._marks) for s in self.stop_strings)}
+        marks = "".join(mark for mark, _ in self._marks.values())
+        return _GrowingText(IncrementalDecoder(self._tokenizer, prompt), sorted(sought), marks)
+
+
+def _marks(special: Mapping[int, str], stop_strings: Sequence[str]) -> dict[int, tuple[str, str]]:
+    """A character and the text of each special token that a stop string holds, by token."""
+    sought = sorted(n for n, text in special.items() if any(text in stop for stop in stop_strings))
+    return {n: (chr(FIRST_MARK + i), special[n]) for i, n in enumerate(sought)}
+
+
+def _marked(stop: str, marks: Mapping[int, tuple[str, str]]) -> str:
+    """A stop string with marks in place of special tokens, the longest first."""
+    for mark, text in sorted(marks.values(), key=lambda pair: -len(pair[1])):
+        stop = stop.replace(text, mark)
+    return stop
 
 
 class _GrowingText:
-    """One sequence's text, in which stop strings are looked for as it grows."""
+    """One sequence's text, in which stop strings are looked for as it grows.
 
-    def __init__(self, decoder: IncrementalDecoder | None, stop_strings: Sequence[str]):
+    Marks are looked for, too, and left out of the text.
+    """
+
+    def __init__(
+        self, decoder: IncrementalDecoder | None, stop_strings: Sequence[str], marks: str
+    ):
         self.decoder = decoder
         self.is_finished = False
         self._is_cut = False  # by a stop string
         self._stop_strings = stop_strings
         self._reach = max(map(len, stop_strings), default=1) - 1
         self._certain: list[str] = []
+        self._unmark = dict.fromkeys(map(ord, marks))
         self._taken = 0  # entries of _certain handed out by take
         self._tail = ""  # the end of the text, which may turn out to begin a stop string
 
@@ -166,13 +141,13 @@ class _GrowingText:
         if matches:
             self.is_finished = self._is_cut = True
         keep = min(matches)[1] if matches else len(tail) - self._held_len(tail)
-        self._certain.append(tail[:keep])
+        self._certain.append(tail[:keep].translate(self._unmark))
         self._tail = "" if matches else tail[keep:]
 
     def whole(self) -> str:
         """All of the text."""
         pending = "" if self._is_cut or not self.decoder else self.decoder.pending
-        return "".join(self._certain) + self._tail + pending
+        return "".join(self._certain) + self._tail.translate(self._unmark) + pending
 
     def take(self) -> str:
         """The certain text that was not taken before."""

@@ -80,11 +80,19 @@ def _replace_megatron_helpers() -> None:
     # The CUDA tracker knows no 'model-parallel-rng' state; the inference tracker forks nothing.
     initialize_rng_tracker(inference_rng_tracker=True)
     fused_softmax.get_default_causal_mask = _causal_mask  # asks for device="cuda"
+    fused_softmax.get_sliding_window_causal_mask = _sliding_mask  # likewise
     token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes  # leaves CPU tensors as split sizes
 
 
 def _causal_mask(seq_len: int) -> torch.Tensor:
     return torch.triu(torch.ones(seq_len, seq_len, dtype=torch.bool), diagonal=1)
+
+
+def _sliding_mask(num_queries: int, num_keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """True where a query does not see a key; the last query is the last key's."""
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    offset = num_keys - num_queries
+    return ~seen.triu(offset - window[0]).tril(offset + window[1])
 
 
 def _split_sizes(tensor, as_numpy: bool = False, record_stream: bool = False):

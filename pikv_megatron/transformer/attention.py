@@ -10,6 +10,7 @@ from megatron.core.transformer.attention import SelfAttention
 
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.transformer.context import PiKVInferenceContext
+from pikv_megatron.transformer.layer_shapes import sliding_window
 
 try:
     from megatron.core.transformer.attention import _yarn_get_concentration_factor_from_config
@@ -34,6 +35,7 @@ class PiKVSelfAttention(SelfAttention):
     def __init__(self, config, *args, pikv_config: PiKVConfig, **kwargs):
         _refuse_unsupported(config, pikv_config)
         super().__init__(config, *args, **kwargs)
+        sliding_window(config, self.layer_number)
         self.pikv_config = pikv_config
 
     def forward(
@@ -56,7 +58,10 @@ class PiKVSelfAttention(SelfAttention):
         states = self.get_query_key_value_tensors(hidden_states)[:3]
         query, key, value = (_by_row(x, plan.num_tokens) for x in states)
         query, key = self._rotate(query, key, rotary_pos_emb, plan)
-        output = context.layers[self.layer_number].attend(query, key, value, plan).flatten(1)
+        # Of the softmax's own logits it has one a head, learned, that is no token's.
+        sink = getattr(self.core_attention, "softmax_offset", None)
+        layer = context.layers[self.layer_number]
+        output = layer.attend(query, key, value, plan, sink).flatten(1)
         if plan.num_tokens < sq * b:
             output = F.pad(output, (0, 0, 0, sq * b - plan.num_tokens))
         output = output.unsqueeze(1) if b == 1 else output.view(b, sq, -1).transpose(0, 1)
@@ -93,15 +98,13 @@ def _by_row(x: torch.Tensor, num_tokens: int) -> torch.Tensor:
 def _refuse_unsupported(config, pikv_config: PiKVConfig) -> None:
     unsupported = {
         "multi_latent_attention": "latent attention (MLA)",
-        "window_size": "sliding window attention",
         "flash_decode": "Megatron's flash decoding",
         "fused_single_qkv_rope": "fused QKV rotation",
         "attention_output_gate": "gated attention output",
-        "softmax_type": "softmax with an offset",
     }
     for field, meaning in unsupported.items():
         value = getattr(config, field, None)
-        if value and value != "vanilla":
+        if value:
             raise ValueError(f"{field}={value}: {meaning} is not supported under PiKV yet")
     if config.context_parallel_size > 1:
         raise ValueError("context_parallel_size: the PiKV cache shards KV itself; set it to 1")

@@ -8,9 +8,11 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.cache.directory import PageDirectory
+from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
+from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
@@ -54,6 +56,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.num_ranks = 1 if ep_group is None else ep_group.size()
         self.rank = 0 if ep_group is None else ep_group.rank()
         self.placement = Placement.resolve(config, self.num_ranks, self.rank)
+        self._footprint = Footprint(self.placement, config.page_size, max(1, self.keeps_experts))
         self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
         self.plan: StepPlan | None = None
         self._pads_evenly = pads_evenly
@@ -73,6 +76,11 @@ class PiKVInferenceContext(StaticInferenceContext):
             group if group.size() > 1 else None,
             model.config.moe_token_dispatcher_type == "allgather",
         )
+
+    @property
+    def sharded_layers(self) -> list[LayerCache]:
+        """The layers whose queries see all tokens."""
+        return [layer for layer in self.layers.values() if isinstance(layer, LayerCache)]
 
     @property
     def keeps_experts(self) -> int:
@@ -116,19 +124,17 @@ class PiKVInferenceContext(StaticInferenceContext):
         larger chunks than configured; pools then grow.
         """
         chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
-        for layer in self.layers.values():
-            more = [
-                (sequence.slot // self.max_batch_size,
-                 layer.store.num_columns(self._num_pages(length))
-                 - layer.store.num_columns(self._num_sealed(sequence)))
-                for sequence, length in lengths
-            ]
-            own = sum(pages for home, pages in more if home == self.rank)
+        for layer in self.sharded_layers:
             # What a prompt's chunk fills is dropped after it was filled.
-            spare = 0 if layer.store.retention is None else chunk
-            layer.reserve(
-                sum(pages for _, pages in more) + spare, own * self.num_ranks + spare
-            )
+            owned = noted = chunk if layer.store.drops else 0
+            for sequence, length in lengths:
+                home = sequence.slot // self.max_batch_size
+                here = self._missing_pages(layer, sequence, length, home == self.rank)
+                owned += here
+                if home == self.rank:
+                    far = self._missing_pages(layer, sequence, length, at_home=False)
+                    noted += here + (self.num_ranks - 1) * far
+            layer.reserve(owned, noted)
 
     def begin_step(self, rows_by_rank: RowsByRank, device: torch.device) -> None:
         """Plan a step whose rows every rank knows.
@@ -164,7 +170,7 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def check_integrity(self) -> None:
         """No page is lost or held twice, and only live sequences hold any."""
-        for layer in self.layers.values():
+        for layer in self.sharded_layers:
             layer.check_integrity()
             idle = set(range(layer.store.num_slots)) - set(self._sequences)
             held = [slot for slot in idle if layer.store.holds(slot)]
@@ -172,32 +178,27 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def _new_plan(self, rows_by_rank: RowsByRank, device: torch.device) -> StepPlan:
         return StepPlan(
-            rows_by_rank, self.rank, self.max_batch_size, self.layout, self._most_pages, device,
+            rows_by_rank, self.rank, self.max_batch_size, self.layout, self._footprint, device,
             self._pads_evenly,
         )
 
-    def _most_pages(self, num_tokens: int) -> int:
-        """Most pages on one rank of a sequence with so many tokens in shards."""
-        copies = max(1, self.keeps_experts)
-        return self.placement.most_pages(num_tokens, self.pikv_config.page_size, copies)
+    def _missing_pages(
+        self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool
+    ) -> int:
+        """Pages that a sequence of `length` tokens, spread evenly, needs on a rank besides those
+        that it has."""
+        sinks, store = self.pikv_config.num_sinks, layer.store
+        later = length - sinks - self.pikv_config.window
+        wanted = store.num_columns(self._footprint.enough_pages(later, at_home))
+        return wanted - store.num_columns(
+            self._footprint.full_pages(sequence.flushed - sinks, at_home)
+        )
 
-    def _num_pages(self, length: int) -> int:
-        """Pages on one rank for a sequence of `length` tokens that is spread evenly."""
-        in_shards = max(0, length - self.pikv_config.num_sinks - self.pikv_config.window)
-        per_page = self.pikv_config.page_size * self.placement.num_shards
-        copies = max(1, self.keeps_experts)
-        return -(-in_shards * copies // per_page) * self.placement.shards_per_rank
-
-    def _num_sealed(self, sequence: CachedSequence) -> int:
-        """Pages on one rank that such a sequence has at least."""
-        in_shards = sequence.flushed - self.pikv_config.num_sinks
-        per_page = self.pikv_config.page_size * self.placement.num_shards
-        copies = max(1, self.keeps_experts)
-        return in_shards * copies // per_page * self.placement.shards_per_rank
-
-    def _new_layer(self, spec: LayerSpec) -> LayerCache:
+    def _new_layer(self, spec: LayerSpec) -> LayerCache | SlidingCache:
+        if spec.sliding_window is not None:
+            return SlidingCache(spec, self.max_batch_size)
         page_size, slots = self.pikv_config.page_size, self.max_batch_size
-        max_pages = self._most_pages(self.max_sequence_length)
+        max_pages = self._footprint.most_pages(self.max_sequence_length)
         window = StreamWindow(spec.kv, slots, self.layout.size, self.keeps_experts)
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,

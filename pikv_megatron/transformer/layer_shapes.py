@@ -4,6 +4,8 @@ import math
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from pikv_megatron.layer_spec import LayerShape
 from pikv_megatron.types import KVShape
@@ -20,7 +22,29 @@ def _shape(attention: SelfAttention) -> LayerShape:
     kv = KVShape(
         attention.num_query_groups_per_partition, width, width, weight.dtype, weight.device
     )
-    return LayerShape(kv, attention.num_attention_heads_per_partition, softmax_scale(attention))
+    return LayerShape(
+        kv, attention.num_attention_heads_per_partition, softmax_scale(attention),
+        sliding_window(attention.config, attention.layer_number),
+    )
+
+
+def sliding_window(config: TransformerConfig, layer_number: int) -> int | None:
+    """Tokens that a query of a layer sees, its own included; None: all of them.
+
+    Megatron-Core counts those beside it: its (127, 0) is a window of 128.
+
+    Raises:
+        ValueError: the window reaches beyond the query, or has no left end.
+    """
+    window = getattr(config, "window_size", None)
+    skip_freq = getattr(config, "window_attn_skip_freq", None)
+    if not is_layer_window_attention(window, skip_freq, layer_number):
+        return None
+    if window[0] < 0 or window[1] != 0:
+        raise ValueError(
+            f"window_size={tuple(window)}: the PiKV cache needs a causal window, (tokens, 0)"
+        )
+    return window[0] + 1
 
 
 def softmax_scale(attention: SelfAttention) -> float:

@@ -71,8 +71,7 @@ def _is_plain(expert: MLP) -> bool:
         type(expert) is MLP
         and type(expert.linear_fc1) is ColumnParallelLinear
         and type(expert.linear_fc2) is RowParallelLinear
-        and config.activation_func_clamp_value is None
-        and not (config.use_te_activation_func or config.glu_linear_offset)
+        and not config.use_te_activation_func
     )
 
 
@@ -81,4 +80,9 @@ def _activate(hidden: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
     if not config.gated_linear_unit:
         return config.activation_func(hidden)
     gate, linear = hidden.chunk(2, dim=1)
+    limit = config.activation_func_clamp_value
+    if limit is not None:
+        gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
+    if config.glu_linear_offset:
+        linear = linear + config.glu_linear_offset
     return config.activation_func(gate) * linear

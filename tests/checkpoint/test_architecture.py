@@ -6,8 +6,22 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import LLAMA3, YARN, mixtral, olmoe, qwen3_moe
-from transformers import AutoConfig
+from tiny_models import (
+    GROUPED,
+    LLAMA3,
+    YARN,
+    glm4_moe,
+    gpt_oss,
+    hy_v3,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor,
+)
+from transformers import AutoConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.config_writer import write_config
@@ -19,6 +33,10 @@ CONFIGS = {
     "mixtral": mixtral().config.to_dict() | {"architectures": ["MixtralForCausalLM"]},
     "qwen3": qwen3_moe().config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]},
     "olmoe": olmoe().config.to_dict() | {"architectures": ["OlmoeForCausalLM"]},
+    "qwen2": qwen2_moe().config.to_dict() | {"architectures": ["Qwen2MoeForCausalLM"]},
+    "glm4": glm4_moe(**GROUPED).config.to_dict() | {"architectures": ["Glm4MoeForCausalLM"]},
+    "hy_v3": hy_v3().config.to_dict() | {"architectures": ["HYV3ForCausalLM"]},
+    "gpt_oss": gpt_oss().config.to_dict() | {"architectures": ["GptOssForCausalLM"]},
 }
 
 
@@ -83,17 +101,94 @@ def test_several_end_tokens(tmp_path):
 
 def test_sliding_window_as_wide_as_the_context_changes_nothing(tmp_path):
     assert read(tmp_path, "mixtral", sliding_window=256) == read(tmp_path, "mixtral")
-    assert read(tmp_path, "qwen3", sliding_window=4, use_sliding_window=False)
+    off = read(tmp_path, "qwen3", sliding_window=4, use_sliding_window=False)
+    assert off == read(tmp_path, "qwen3")
+
+
+def test_layers_with_sliding_windows(tmp_path):
+    mixtral = read(tmp_path, "mixtral", sliding_window=128)
+    assert (mixtral.sliding_window, mixtral.sliding_layers) == (128, (0, 1, 2))
+    qwen3 = read(tmp_path, "qwen3", sliding_window=16, use_sliding_window=True)
+    assert (qwen3.sliding_window, qwen3.sliding_layers) == (16, (0, 1, 2))
+    slides = {"sliding_window": 16, "use_sliding_window": True}
+    assert read(tmp_path, "qwen2", ("layer_types",), **slides).sliding_layers == (0, 2)
+    early = read(tmp_path, "qwen2", ("layer_types",), **slides, max_window_layers=2)
+    assert early.sliding_layers == (0,)
+    assert read(tmp_path, "gpt_oss").sliding_layers == (0, 2)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert read(tmp_path, "gpt_oss", layer_types=kinds).sliding_layers == (1,)
+
+
+def test_what_a_file_leaves_out_is_the_familys_default(tmp_path):
+    names = {"mixtral": MixtralConfig, "qwen3": Qwen3MoeConfig, "olmoe": OlmoeConfig}
+    for family, config_class in names.items():
+        config = config_class()
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": config.model_type}))
+        empty = read_architecture(tmp_path)
+        fields = {
+            "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_query_groups": config.num_key_value_heads, "vocab_size": config.vocab_size,
+            "moe_router_topk": config.num_experts_per_tok, "num_experts": config.num_experts,
+            "layernorm_epsilon": config.rms_norm_eps,
+            "max_sequence_length": config.max_position_embeddings,
+            "rotary_base": config.rope_parameters["rope_theta"],
+            "eos_ids": () if config.eos_token_id is None else (config.eos_token_id,),
+        }
+        assert {name: getattr(empty, name) for name in fields} == fields, family
+
+
+def test_a_file_as_people_have_it(tmp_path):
+    plain = read(tmp_path, "mixtral")
+    inert = {"clip_qkv": 8.0, "norm_topk_prob": False, "attention_bias": True}  # of other families
+    assert read(tmp_path, "mixtral", **inert) == plain
+    assert read(tmp_path, "mixtral", ("architectures",)) == plain
+    half = read(tmp_path, "mixtral", ("dtype", "torch_dtype"), torch_dtype="torch.bfloat16")
+    assert half.dtype == "bfloat16"
+    assert read(tmp_path, "qwen3", ("rms_norm_eps",)).layernorm_epsilon == 1e-6
+    biased = read(tmp_path, "qwen3", attention_bias=True)
+    assert biased.qkv_bias and biased.attention_output_bias
+
+
+def test_yarns_factor_may_be_the_checkpoints_own(tmp_path):
+    parameters = YARN | {"attention_factor": 1.7}
+    scaling = read(tmp_path, "mixtral", rope_parameters=parameters).rotary_scaling
+    assert scaling.attention_factor == 1.7
+    assert _yarn_get_concentration_factor(4.0, *scaling.mscales()) == pytest.approx(1.7)
 
 
 @pytest.mark.parametrize(
     "family, changes, message",
     [
         ("mixtral", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*Mixtral.*Olmoe"),
-        ("mixtral", {"architectures": None}, "architectures"),
-        ("mixtral", {"sliding_window": 128}, "sliding_window = 128"),
-        ("qwen3", {"sliding_window": 16, "use_sliding_window": True}, "sliding_window = 16"),
-        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("mixtral", {"architectures": None, "model_type": "llama"}, "model_type = llama.*Mixtral"),
+        ("mixtral", {"architectures": ["DeepseekV3ForCausalLM"]}, "not supported yet.*latent atten"),
+        ("mixtral", {"architectures": ["Qwen3NextForCausalLM"]}, "not supported yet.*linear atten"),
+        ("mixtral", {"architectures": ["Llama4ForCausalLM"]}, "not supported yet.*chunked"),
+        ("mixtral", {"architectures": None, "model_type": "bailing_moe_v2"}, "not supported yet"),
+        ("mixtral", {"architectures": "LlamaForCausalLM"}, "LlamaForCausalLM is not supported"),
+        ("mixtral", {"sliding_window": "wide"}, "sliding_window = 'wide'"),
+        ("mixtral", {"layer_types": ["linear_attention"] * 3}, "'linear_attention'.*not supported"),
+        ("mixtral", {"layer_types": ["full_attention"]}, "layer_types = .* each of 3 layers"),
+        ("glm4", {"n_group": 4, "topk_group": 1}, "topk_group = 1 .* 4 best experts"),
+        ("glm4", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ("hy_v3", {"mlp_layer_types": ["dense"]}, "mlp_layer_types = "),
+        ("hy_v3", {"mlp_bias": True}, "mlp_bias = True"),
+        ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha = 1.5"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias = False"),
+        ("qwen3", {"attention_bias": "yes"}, "attention_bias = 'yes'"),
+        ("qwen3", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+        ("qwen3", {"decoder_sparse_step": None}, "decoder_sparse_step is missing"),
+        ("qwen3", {"mlp_only_layers": 1}, "mlp_only_layers = 1"),
+        ("mixtral", {"num_hidden_layers": "3"}, "num_hidden_layers = '3'"),
+        ("mixtral", {"vocab_size": 9.5}, "vocab_size = 9.5"),
+        ("mixtral", {"rms_norm_eps": "small"}, "rms_norm_eps = 'small'"),
+        ("mixtral", {"rope_parameters": 3}, "rope_parameters = 3"),
+        ("mixtral", {"eos_token_id": "</s>"}, "eos_token_id = '</s>'"),
+        ("mixtral", {"eos_token_id": [2, None]}, r"eos_token_id = \[2, None\]"),
+        ("mixtral", {"eos_token_id": -1}, "eos_token_id = -1"),
+        ("mixtral", {"bos_token_id": "<s>"}, "bos_token_id = '<s>'"),
+        ("olmoe", {"head_dim": 16}, "head_dim = 16"),
         ("olmoe", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("olmoe", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("olmoe", {"dtype": "float8"}, "dtype = 'float8'"),
@@ -104,7 +199,6 @@ def test_sliding_window_as_wide_as_the_context_changes_nothing(tmp_path):
         ("mixtral", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
         ("mixtral", {"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
         ("mixtral", {"rope_parameters": LLAMA3 | {"low_freq_factor": 2}}, "low_freq_factor = 2"),
-        ("mixtral", {"rope_parameters": YARN | {"attention_factor": 3}}, "attention_factor = 3"),
         ("mixtral", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )
@@ -127,6 +221,7 @@ SCALINGS = st.none() | st.builds(
     RotaryScaling, kind=st.just("yarn"), factor=st.floats(1.0, 16.0),
     original_max_positions=st.integers(32, 4096), beta_fast=st.floats(8, 64),
     mscale=st.just(0.7), mscale_all_dim=st.just(1.2),
+    attention_factor=st.none() | st.floats(0.5, 2.0),
 )
 COMMON = dict(
     num_layers=st.just(4), hidden_size=st.just(32), num_attention_heads=st.just(4),
@@ -137,6 +232,7 @@ COMMON = dict(
     bos_id=st.none() | st.integers(0, 9), eos_ids=st.lists(st.integers(0, 9)).map(tuple),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
 )
+BIASES = ("qkv_bias", "attention_output_bias")
 ARCHITECTURES = st.one_of(
     st.builds(
         Architecture, family=st.just("mixtral"), kv_channels=st.none() | st.just(16), **COMMON
@@ -145,7 +241,7 @@ ARCHITECTURES = st.one_of(
         Architecture, family=st.just("qwen3_moe"), qk_layernorm=st.just("head"),
         dense_layers=st.just((1, 3)), ffn_hidden_size=st.just(40),
         moe_router_pre_softmax=st.booleans(), **COMMON,
-    ),
+    ).map(lambda a: a.model_copy(update=dict.fromkeys(BIASES, bool(a.num_experts % 2)))),
     st.builds(
         Architecture, family=st.just("olmoe"), qk_layernorm=st.just("projection"),
         clip_qkv=st.none() | st.just(8.0), moe_router_pre_softmax=st.booleans(), **COMMON,

@@ -8,6 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 
@@ -69,3 +70,52 @@ def test_broken_file_is_named(tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match="tokenizer.json"):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_a_prompt_is_never_cut_or_padded(tmp_path):
+    backend = save(tmp_path).backend
+    backend.enable_truncation(16)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "a" * 43
+    reference = AutoTokenizer.from_pretrained(tmp_path, tokenizer_class="TokenizersBackend")
+    ids = Tokenizer.from_directory(tmp_path).encode(text)
+    assert ids == reference(text)["input_ids"] and len(ids) == 44
+
+
+LISTED = {
+    "added_tokens": {"<|x|>": 258},
+    "tokenizer_config": {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {
+            "258": {"content": "<|x|>", "special": True, "normalized": False, "lstrip": False,
+                    "rstrip": False, "single_word": False},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_special_tokens_that_stand_beside_the_tokenizer_only(tmp_path, name):
+    tokenizer = save(tmp_path, **{name: LISTED[name]})
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("a<|x|>b")
+    assert ids == reference("a<|x|>b")["input_ids"] and ids.count(258) == 1
+    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    assert (258 in tokenizer.special_tokens) == (name == "tokenizer_config")
+
+
+def test_a_listed_token_that_cannot_have_its_id_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="added_tokens.json.*'<|x|>' is listed as 300"):
+        save(tmp_path, added_tokens={"<|x|>": 300})
+
+
+@pytest.mark.parametrize("value", ["</s>", -1, [1, None], 2.5, True])
+def test_wrong_end_tokens_are_named(tmp_path, value):
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id"):
+        save(tmp_path, generation_config={"eos_token_id": value})
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer):
+    with pytest.raises(ValueError, match="not valid Unicode at character 1"):
+        tokenizer.encode("a\udcff")

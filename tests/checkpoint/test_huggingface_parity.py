@@ -1,6 +1,8 @@
 """Loaded models give transformers' logits, at every layout of ranks; exports give them back."""
 
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron_ranks import error_of, forward, layout
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, logits, prompts, save_all
 from transformers import AutoModelForCausalLM
 
@@ -41,6 +44,11 @@ def test_logits_equal_transformers(report, sizes):
 def test_a_rank_reads_only_its_experts(report):
     for rank, result in enumerate(report[2]):
         assert result["experts_read"] == {2 * rank, 2 * rank + 1}
+
+
+def test_an_output_layer_of_its_own_counts_whatever_the_config_says(report):
+    """transformers takes the file's, too."""
+    assert report[2][0]["untied"] < 1e-4
 
 
 def test_progress_counts_every_parameter_once(report):
@@ -114,7 +122,20 @@ def _check_options(directory: Path, groups) -> dict:
         "dtypes": dtypes,
         "bfloat16_logits": bfloat16_logits,
         "transformed_layers": len(layers),
+        "untied": _untied_difference(directory.parent / "mixtral_fused_tied", groups),
     }
+
+
+def _untied_difference(tied: Path, groups) -> float:
+    """From transformers, with another output layer in a tied checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(shutil.copytree(tied, Path(folder) / "untied"))
+        tensors = load_file(directory / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        expected = logits(AutoModelForCausalLM.from_pretrained(directory))
+        found = forward(load_huggingface(directory, groups), prompts())[..., :VOCAB_SIZE]
+    return (found - expected).abs().max().item()
 
 
 def _check_export(directory: Path, groups) -> dict:

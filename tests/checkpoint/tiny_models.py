@@ -5,11 +5,21 @@ from typing import Any
 
 import torch
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    HYV3Config,
+    HYV3ForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -31,6 +41,10 @@ SIZES = dict(
 YARN = dict(
     rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64,
     beta_fast=16.0, beta_slow=1.0,
+)
+OSS_YARN = dict(
+    rope_type="yarn", rope_theta=1.5e5, factor=4.0, original_max_position_embeddings=64,
+    beta_fast=32.0, beta_slow=1.0, truncate=False,
 )
 LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
 LLAMA3 = dict(
@@ -56,6 +70,47 @@ def olmoe(**changes: Any) -> PreTrainedModel:
     return _model(OlmoeForCausalLM, OlmoeConfig, changes, num_experts=8, intermediate_size=24)
 
 
+def qwen2_moe(**changes: Any) -> PreTrainedModel:
+    return _model(
+        Qwen2MoeForCausalLM, Qwen2MoeConfig, changes, num_experts=8, moe_intermediate_size=24,
+        intermediate_size=40, shared_expert_intermediate_size=28,
+    )
+
+
+def glm4_moe(**changes: Any) -> PreTrainedModel:
+    return _model(
+        Glm4MoeForCausalLM, Glm4MoeConfig, changes, n_routed_experts=8, moe_intermediate_size=24,
+        intermediate_size=40, head_dim=16, n_shared_experts=2, routed_scaling_factor=2.5,
+        attention_bias=True, use_qk_norm=True,
+    )
+
+
+def minimax_m2(**changes: Any) -> PreTrainedModel:
+    rope = dict(rope_type="default", rope_theta=5e6, partial_rotary_factor=0.5)
+    return _model(
+        MiniMaxM2ForCausalLM, MiniMaxM2Config, changes, num_local_experts=8, intermediate_size=24,
+        head_dim=16, rope_parameters=rope,
+    )
+
+
+def hy_v3(**changes: Any) -> PreTrainedModel:
+    return _model(
+        HYV3ForCausalLM, HYV3Config, changes, num_experts=8, moe_intermediate_size=24,
+        intermediate_size=40, head_dim=16,
+    )
+
+
+def gpt_oss(**changes: Any) -> PreTrainedModel:
+    return _model(
+        GptOssForCausalLM, GptOssConfig, changes, num_local_experts=8, intermediate_size=24,
+        head_dim=16, sliding_window=12, rope_parameters=OSS_YARN,
+    )
+
+
+GROUPED = dict(n_group=4, topk_group=2, num_experts_per_tok=4)
+FAMILIES = (mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe, minimax_m2, hy_v3, gpt_oss)
+
+
 def save_all(root: Path) -> dict[str, torch.Tensor]:
     """Save one model of each kind under `root`; returns each one's logits for `prompts()`."""
     saved = {
@@ -66,6 +121,19 @@ def save_all(root: Path) -> dict[str, torch.Tensor]:
         "qwen3_fused_yarn": (qwen3_moe(rope_parameters=YARN), dict(save_original_format=False)),
         "olmoe_sharded_linear": (olmoe(rope_parameters=LINEAR), dict(max_shard_size="50KB")),
         "olmoe_clipped": (olmoe(clip_qkv=0.5, norm_topk_prob=True), {}),
+        "qwen2": (qwen2_moe(norm_topk_prob=True, mlp_only_layers=[2]), {}),
+        "qwen2_fused": (qwen2_moe(), dict(save_original_format=False)),
+        "glm4_fused": (glm4_moe(), dict(save_original_format=False)),
+        "glm4_grouped": (glm4_moe(use_qk_norm=False, **GROUPED), {}),
+        "minimax": (minimax_m2(), {}),
+        "minimax_fused": (minimax_m2(), dict(save_original_format=False)),
+        "hy_biased": (hy_v3(attention_bias=True), {}),
+        "hy_fused": (
+            hy_v3(mlp_layer_types=["sparse", "dense", "sparse"]), dict(save_original_format=False)
+        ),
+        "qwen3_biased_yarn": (
+            qwen3_moe(attention_bias=True, rope_parameters=YARN | {"attention_factor": 1.4}), {}
+        ),
     }
     for name, (model, options) in saved.items():
         model.save_pretrained(root / name, **options)
@@ -86,8 +154,15 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 def _model(model_class: type, config_class: type, changes: dict, **sizes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model = model_class(config_class(**SIZES | sizes | changes)).eval()
-    with torch.no_grad():  # norms start as ones, which would hide a norm put in the wrong place
+    with torch.no_grad():  # ones and zeros would hide a norm or a bias put in the wrong place
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            if name.endswith("bias") or name.endswith("sinks"):
+                parameter.uniform_(-0.5, 0.5)
+            if name.endswith(("gate.weight", "router.weight")):  # some routers start as zeros, too
+                parameter.normal_(std=0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.2, 0.2)
     return model

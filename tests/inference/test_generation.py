@@ -9,7 +9,9 @@ from ranks import run_ranks
 from pikv_megatron import PiKVConfig, PiKVForCausalLM, SamplingParams, process_groups
 from pikv_megatron.inference.stopping import StopCriteria
 
-PIKV = PiKVConfig(page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
+PIKV = PiKVConfig(
+    shard_after=0, page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4
+)
 PROMPTS = [[5, 9, 2], [7] * 40, [1], [3, 1, 4, 1, 5, 9, 2, 6], [8, 8, 8, 8, 9]]
 
 
@@ -65,6 +67,39 @@ def test_a_refused_next_turn_changes_nothing(lm):
         lm.generate([[11], [2]], resume=True)
 
 
+def test_a_turn_that_deepspeeds_engine_refuses_changes_nothing(lm):
+    engine = deepspeed.init_inference(lm, dtype=torch.float32)
+    first = engine.generate(PROMPTS[:2], max_new_tokens=5, keep_cache=True)
+    for turn in ([[11]], [[11], [1] * 500], [[11], "2"], [11, 2]):
+        with pytest.raises(ValueError):
+            engine.generate(turn, resume=True)
+    second = engine.generate([[11], [2]], max_new_tokens=5, resume=True)
+    for prompt, tokens, turn, new in zip(PROMPTS, first.token_ids, [[11], [2]], second.token_ids):
+        assert new == greedy(lm.model, prompt + tokens + turn, 5)
+
+
+class Numbers:
+    """A tokenizer whose first word has no space before it."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def test_stop_strings_see_what_came_before(lm):
+    token = lm.generate([PROMPTS[0]], max_new_tokens=1, keep_cache=True).token_ids[0][0]
+    stop = StopCriteria(stop_strings=[f" {token}"], tokenizer=Numbers())
+    out = lm.generate([PROMPTS[0]], max_new_tokens=4, stop=stop)
+    assert out.finish_reasons == ["stop"] and stop.text(0) == ""
+
+
+def test_logits_that_are_not_numbers_are_told(one_rank):
+    lm = PiKVForCausalLM(build(one_rank, PIKV), PIKV)
+    lm.model.output_layer.weight.data[5, 3] = float("nan")
+    with pytest.raises(ValueError, match="logits of sequence 0 are not numbers after 3 tokens"):
+        lm.generate([PROMPTS[0]], max_new_tokens=2)
+    assert lm.engine.context._sequences == {}
+
+
 def test_finished_and_cancelled_sequences_give_their_pages_back(lm):
     stop_token = lm.generate([PROMPTS[0]], max_new_tokens=4).token_ids[0][2]
 
@@ -107,6 +142,13 @@ def test_drawn_tokens_depend_on_the_seed_only(lm):
         ([[1], [VOCAB]], {}, "prompt 1 has token 96"),
         ([[1] * 500], {"max_new_tokens": 20}, "max_sequence_length 512"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens.*2.5"),
+        ("hello", {}, "input_ids.*'hello'.*encode texts"),
+        (["hello"], {}, "prompt 0 is 'hello'.*encode texts"),
+        ([1, 2, 3], {}, "prompt 0 is the number 1: give a list of prompts"),
+        ([[1, 2.5]], {}, "prompt 0 holds 2.5"),
+        ([[1, None]], {}, "prompt 0 holds None"),
+        (3, {}, "input_ids.*3"),
         ([[1]], {"resume": True}, "resume: 0 sequences"),
     ],
 )
@@ -176,7 +218,7 @@ def test_a_failing_rank_ends_the_job():
 def shard_bytes(num_ranks: int) -> tuple[int, int]:
     """Bytes of a rank's pages, and of a dense cache of the same tokens."""
     with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
-        pikv = PiKVConfig(page_size=4, window=8, num_sinks=0, flush_interval=4)
+        pikv = PiKVConfig(shard_after=0, page_size=4, window=8, num_sinks=0, flush_interval=4)
         lm = PiKVForCausalLM(build(pg, pikv), pikv)
         lm.generate([[3] * 396] * 4, max_new_tokens=4)
         pools = [layer.store.pool for layer in lm.engine.context.layers.values()]

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from pikv_megatron.inference.stopping import IncrementalDecoder, StopCriteria
+from pikv_megatron.checkpoint.tokenizer import Tokenizer
+from pikv_megatron.inference.incremental_text import IncrementalDecoder
+from pikv_megatron.inference.stopping import StopCriteria
 
 texts = st.text(alphabet="ab €é漢👍\ufffd\n", max_size=40)
 
@@ -79,6 +81,76 @@ def test_pieces_of_real_tokenizers_add_up_to_the_whole(make, text):
     assert "".join(pieces) == backend.decode(ids)
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts, texts, st.integers(0, 3))
+@pytest.mark.parametrize("make", [byte_level_backend, byte_fallback_backend])
+def test_new_text_is_the_whole_without_the_prompts(make, before, after, shift):
+    """The prompt may end within a character."""
+    backend = make()
+    before, after = (text.replace("\ufffd", "") for text in (before, after))
+    whole = backend.encode(before + after).ids
+    cut = max(0, len(backend.encode(before).ids) - shift)
+    decoder = IncrementalDecoder(backend, whole[:cut])
+    pieces = [decoder.push(token) for token in whole[cut:]] + [decoder.pending]
+    text = backend.decode(whole)
+    starts = (backend.decode(whole[: cut - n]) for n in range(cut + 1))
+    prompt = next(start for start in starts if not start.endswith("\ufffd"))
+    assert text.startswith(prompt) and "".join(pieces) == text[len(prompt) :]
+
+
+def test_a_prompts_own_broken_bytes_are_not_new():
+    for data in (b"a\xff", b"a\xff\xff\xff\xff\xff"):
+        decoder = IncrementalDecoder(Bytes(), data)
+        assert decoder.pending == ""
+        assert decoder.push(ord("b")) + decoder.pending == "b"
+        assert decoder.push(0xFF) + decoder.pending == "\ufffd"
+
+
+def test_the_first_new_word_keeps_its_space():
+    backend = byte_fallback_backend()
+    prompt, new = backend.encode("ab").ids, backend.encode("a ab").ids[1:]
+    assert backend.decode(new) == "ab" and backend.decode(prompt + new) == "ab ab"
+    criteria = StopCriteria(stop_strings=[" a"], tokenizer=backend)
+    criteria.reset([prompt, [*backend.encode("b").ids, *prompt * 40]])
+    for index in (0, 1):
+        assert criteria.update(index, new[0]) == "stop" and criteria.text(index) == ""
+    criteria = StopCriteria(tokenizer=backend)
+    criteria.reset([prompt])
+    assert criteria.update(0, new[0]) is None and criteria.text(0) == " ab"
+
+
+def test_a_prompt_that_ends_with_special_tokens_is_still_behind_its_text():
+    backend = byte_fallback_backend()
+    backend.add_special_tokens(["<s>"])
+    special, new = backend.token_to_id("<s>"), backend.encode("a ab").ids[1]
+    decoder = IncrementalDecoder(Tokenizer(backend), [*backend.encode("ab").ids, *[special] * 50])
+    assert decoder.push(new) == " ab"
+
+
+def special_tokenizer():
+    backend = byte_level_backend()
+    backend.add_special_tokens(["<|end|>", "<|sep|>"])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", "b<|end|>", "<|sep|><|end|>c", "c"])
+def test_a_stop_string_may_hold_special_tokens(stop):
+    tokenizer, text = special_tokenizer(), "ab<|sep|><|end|>c<|end|>"
+    text = text.replace("b<|sep|>", "<|sep|>b") if stop.startswith("b") else text
+    criteria = StopCriteria(stop_strings=[stop], tokenizer=tokenizer)
+    seen, streamed = [], ""
+    for token in tokenizer.encode(text):
+        seen.append(token)
+        reason = criteria.update(0, token)
+        streamed += criteria.take_text(0)
+        if reason:
+            break
+    shown = tokenizer.decode(seen, skip_special_tokens=False)
+    assert reason == "stop" and shown.endswith(stop) and shown.count(stop) == 1
+    without = shown.removesuffix(stop).replace("<|sep|>", "").replace("<|end|>", "")
+    assert criteria.text(0) == streamed == without
 
 
 def test_a_long_run_of_fallback_bytes_stays_readable():

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_directory import MAX_LENGTH, save_tiny_mixtral
+from tiny_directory import EOS, MAX_LENGTH, byte_tokenizer, save_tiny_mixtral
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from pikv_megatron.inference.options import parse_options
 from pikv_megatron.inference.sampling import SamplingParams
@@ -70,7 +72,10 @@ def test_ranks_that_tensor_parallelism_leaves_share_the_experts(model, monkeypat
     "arguments, message",
     [
         ([], "--prompt"),
-        (["--prompt", " "], "--prompt 1 is empty"),
+        (["--prompt", ""], "--prompt 1 is empty"),
+        (["--prompt", "a", "--prompt", "b\udcff"], "--prompt 2: text is not valid Unicode"),
+        (["--prompt", "--stop", "a"], "--prompt"),
+        (["--prompt", "a", "--chat"], "no chat template"),
         (["--prompt-file", "/does/not/exist"], "--prompt-file /does/not/exist"),
         (["--prompt", "a", "--dtype", "int4"], "int4"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
@@ -101,6 +106,81 @@ def test_refuses_ranks_that_the_experts_cannot_fill(model, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="4 experts"):
         parse(model, "--prompt", "a")
+
+
+def test_a_prompt_may_begin_with_a_dash_or_be_of_spaces(model):
+    options = parse(model, "--prompt", "-x", "--prompt", "--- a", "--prompt", "  ", "--stop", "->")
+    assert options.prompts == ["-x", "--- a", "  "] and options.stop_strings == ["->"]
+    assert options.prompt_ids[2] == options.tokenizer.encode("  ")
+
+
+def test_lines_of_a_prompt_file_end_with_line_feeds_only(model, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\r\ntwo\u2028\x0bstill two\n".encode())
+    options = parse(model, "--prompt-file", str(tmp_path / "prompts.txt"))
+    assert options.prompts == ["one", "two\u2028\x0bstill two"]
+
+
+def with_files(model: Path, directory: Path, **files: dict) -> Path:
+    """The model's directory with other small files."""
+    shutil.copytree(model, directory)
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+def test_special_tokens_can_be_left_to_the_prompt(model, tmp_path):
+    backend = byte_tokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", EOS)]
+    )
+    directory = with_files(model, tmp_path / "model")
+    backend.save(str(directory / "tokenizer.json"))
+    twice = parse(directory, "--prompt", "<|end|>a").prompt_ids[0]
+    once = parse(directory, "--prompt", "<|end|>a", "--no-special-tokens").prompt_ids[0]
+    assert twice[:2] == [EOS, EOS] and once == twice[1:]
+
+
+def test_a_tokenizer_of_another_model_is_noticed_before_loading(model, tmp_path):
+    directory = with_files(model, tmp_path / "model")
+    backend = byte_tokenizer()
+    backend.add_special_tokens(["<|beyond|>"])
+    backend.save(str(directory / "tokenizer.json"))
+    parse(directory, "--prompt", "a")
+    with pytest.raises(ValueError, match="--prompt 1 has token 257.*vocab_size is 257"):
+        parse(directory, "--prompt", "a<|beyond|>")
+
+
+def test_sampling_is_what_the_models_makers_chose_unless_said_otherwise(model, tmp_path):
+    made = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.05}
+    directory = with_files(model, tmp_path / "drawn", generation_config=made)
+    expected = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.05)
+    assert parse(directory, "--prompt", "a").sampling == expected
+    changed = parse(directory, "--prompt", "a", "--temperature", "0", "--top-k", "0").sampling
+    assert changed.is_greedy and changed.top_k == 0 and changed.top_p == 0.9
+    inert = {"temperature": 0.7, "top_k": 20}
+    directory = with_files(model, tmp_path / "greedy", generation_config=inert)
+    assert parse(directory, "--prompt", "a").sampling == SamplingParams()
+    broken = {"do_sample": True, "temperature": "warm"}
+    directory = with_files(model, tmp_path / "broken", generation_config=broken)
+    with pytest.raises(ValueError, match="generation_config.json: temperature warm"):
+        parse(directory, "--prompt", "a")
+
+
+def test_chat_puts_the_prompt_into_the_models_template(model, tmp_path):
+    template = "{{ bos_token }}{% for m in messages %}\n[{{ m.role }}] {{ m.content | trim }}" \
+        "{% endfor %}{% if add_generation_prompt %}\n[assistant] {% endif %}"
+    config = {"chat_template": template, "bos_token": "<|end|>"}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    directory = with_files(model, tmp_path / "model", tokenizer_config=config)
+    options = parse(directory, "--prompt", " hello ", "--chat")
+    reference = AutoTokenizer.from_pretrained(directory)
+    ids = reference.apply_chat_template(
+        [{"role": "user", "content": " hello "}], add_generation_prompt=True, return_dict=False
+    )
+    assert options.prompt_ids == [ids] and ids[0] == EOS and options.prompts == [" hello "]
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
+    with pytest.raises(ValueError, match="--prompt 1: chat_template: no users"):
+        parse(directory, "--prompt", "a", "--chat")
 
 
 def test_refuses_an_empty_line_of_a_prompt_file(model, tmp_path):

@@ -11,7 +11,7 @@ from parity_models import VOCAB, build, cached_logits, config, plain_logits
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext, pikv_layer_spec
 
-PIKV = PiKVConfig(page_size=4, window=3, num_sinks=1, flush_interval=2)
+PIKV = PiKVConfig(shard_after=0, page_size=4, window=3, num_sinks=1, flush_interval=2)
 
 VARIANTS = {
     "gqa": {},
@@ -122,7 +122,7 @@ def test_something_else_than_a_layer_is_refused():
 
 
 @pytest.mark.parametrize(
-    "changes, field", [({"window_size": (8, 0)}, "window_size"), ({"flash_decode": True}, "flash")]
+    "changes, field", [({"window_size": (8, 1)}, "window_size"), ({"flash_decode": True}, "flash")]
 )
 def test_what_cannot_work_is_refused_at_construction(one_rank, changes, field):
     with pytest.raises(ValueError, match=field):

@@ -1,0 +1,71 @@
+"""Hy3: sigmoid scores with a bias, shared experts, a norm of each head, one dense layer."""
+
+from pikv_megatron.checkpoint.families.base import (
+    Family,
+    TensorNames,
+    attention_biases,
+    sigmoid_router,
+)
+
+
+class HYV3(Family):
+    """Hy3-preview."""
+
+    name = "hy_v3"
+    class_name = "HYV3ForCausalLM"
+    defaults = {
+        "vocab_size": 120832, "hidden_size": 4096, "intermediate_size": 13312,
+        "moe_intermediate_size": 1536, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "num_experts": 192,
+        "num_shared_experts": 1, "router_scaling_factor": 2.826,
+    }
+    rotary_base = 11_158_840.0
+    has_prediction_layers = True
+    names = TensorNames(
+        router=("router.gate.weight", "gate.weight"),
+        expert_bias=("expert_bias", "e_score_correction_bias"),
+        shared=("shared_mlp.", "shared_experts."),
+    )
+
+    def attention(self, fields):
+        return {"qk_layernorm": "head", **attention_biases(fields)}
+
+    def experts(self, fields):
+        width, dense = fields.integer("moe_intermediate_size"), self._dense_layers(fields)
+        return {
+            "num_experts": fields.integer("num_experts", "num_local_experts"),
+            "moe_ffn_hidden_size": width,
+            "moe_shared_expert_intermediate_size": width * fields.integer("num_shared_experts"),
+            **sigmoid_router(fields, "router_scaling_factor"),
+            "dense_layers": dense,
+            "ffn_hidden_size": fields.integer("intermediate_size") if dense else None,
+        }
+
+    def refuse_unsupported(self, fields):
+        fields.refuse("mlp_bias", False, "biases of experts are not loaded for this family")
+
+    def write(self, architecture):
+        width = architecture.moe_ffn_hidden_size
+        return {
+            "num_experts": architecture.num_experts,
+            "moe_intermediate_size": width,
+            "intermediate_size": architecture.ffn_hidden_size or width,
+            "num_shared_experts": (architecture.moe_shared_expert_intermediate_size or 0) // width,
+            "router_scaling_factor": architecture.moe_router_topk_scaling_factor,
+            "mlp_layer_types": [
+                "sparse" if is_moe else "dense" for is_moe in architecture.is_moe_layer
+            ],
+            "attention_bias": architecture.qkv_bias,
+        }
+
+    def _dense_layers(self, fields):
+        kinds, count = fields.get("mlp_layer_types"), fields.integer("num_hidden_layers")
+        if kinds is None:
+            return (0,)
+        if not isinstance(kinds, list) or len(kinds) != count or {*kinds} - {"dense", "sparse"}:
+            raise ValueError(
+                f"mlp_layer_types = {kinds!r}: expected 'dense' or 'sparse' for each of {count} "
+                "layers"
+            )
+        return tuple(layer for layer, kind in enumerate(kinds) if kind == "dense")
