@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal, Sequence
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, ValidationError, model_validator
 
 from pikv_megatron.codec.calibration import load_moments
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
@@ -31,6 +31,8 @@ class PiKVConfig(LayerOptions):
         prefill_chunk_size: prompt tokens that a home rank feeds in one forward pass.
         dispatcher: how queries and KV travel between ranks.
         max_sequence_length: capacity, tokens a sequence; None: the model's maximum.
+        memory_limit: bytes of a rank's cache, `12 GiB` say; more is refused before anything is
+            computed. None: no limit.
         lean_experts: whether a step runs only the MoE experts that got a token.
         calibration: a file of `launch/calibrate.py` that transforms are fitted to; None: they
             learn from every sequence's first pages.
@@ -51,6 +53,7 @@ class PiKVConfig(LayerOptions):
     prefill_chunk_size: int = Field(1024, ge=1)
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     max_sequence_length: int | None = Field(None, ge=1)
+    memory_limit: ByteSize | None = Field(None, ge=1)
     lean_experts: bool = True
     calibration: Path | None = None
     layers: tuple[LayerOverride, ...] = ()

@@ -11,7 +11,7 @@ Legend: n sequences, np query heads, ng KV heads, g = np / ng, k pages read, p p
 import torch
 import torch.nn.functional as F
 
-from pikv_megatron.cache.widen import widen
+from pikv_megatron.cache.widen import growth_bytes, widen
 
 
 class PageStatistics:
@@ -38,6 +38,10 @@ class PageStatistics:
     def widen(self, count: int) -> None:
         """Make room for `count` more pages."""
         self.mass, self.seen = (widen(t, count, 0) for t in (self.mass, self.seen))
+
+    def growth_bytes(self, count: int) -> int:
+        """What `widen` would allocate."""
+        return growth_bytes((self.mass, self.seen), len(self.seen), count)
 
     def start(self, pages: torch.Tensor) -> None:
         """Pages [c] were sealed."""
