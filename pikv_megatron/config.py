@@ -21,6 +21,8 @@ class PiKVConfig(LayerOptions):
         page_size: tokens a page (and a token buffer) holds, S.
         token_shards: N_tok of the shard hash; None: the expert-parallel size.
         expert_shards: N_exp of the shard hash, a power of two; 1 places by position only.
+        shard_after: first tokens of a sequence, whose pages lie on its home rank: a shorter one
+            costs no traffic.
         hash_block: consecutive positions that share a token hash, b; None: `page_size`.
         replicas: shards that store each token, those of its best experts.
         num_sinks: first tokens of a sequence that stay in the home rank's stream window.
@@ -40,6 +42,7 @@ class PiKVConfig(LayerOptions):
     page_size: int = Field(64, ge=1)
     token_shards: int | None = Field(None, ge=1)
     expert_shards: int = Field(1, ge=1)
+    shard_after: int = Field(1024, ge=0)
     hash_block: int | None = Field(None, ge=1)
     replicas: int = Field(1, ge=1)
     num_sinks: int = Field(4, ge=0)

@@ -9,7 +9,7 @@ from pikv_megatron import PiKVConfig, PiKVForCausalLM, process_groups
 from pikv_megatron.methods import FAMILIES
 from pikv_megatron.options import members
 
-SMALL = dict(page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
+SMALL = dict(shard_after=0, page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
 PROMPTS = [[(7 * i) % VOCAB for i in range(90)], [5, 9, 2], [(3 * i) % VOCAB for i in range(61)]]
 NUM_NEW = 12
 

@@ -158,7 +158,7 @@ class LayerCache:
         if not part.reads_shards:
             return decode_attention(query, [window], self.spec.softmax_scale)[0]
         choice = self._choose(query, plan)
-        if self._placement.num_ranks == 1:
+        if not part.reads_far:
             state = self._attend_here(query, window, choice, part.own_reads)
         else:
             state = self._attend_everywhere(query, window, choice, plan)
@@ -179,11 +179,11 @@ class LayerCache:
     def _attend_here(
         self, query: torch.Tensor, window: PageList, choice: StepChoice, reads: OwnerReads
     ) -> AttentionState:
-        """This rank owns every shard: one softmax over all."""
-        columns = choice.reads.columns
+        """This rank has all of its sequences: one softmax over all."""
+        columns, rank = choice.reads.columns, self._placement.rank
         if choice.ask is not None:
             reads = reads._replace(
-                visited=choice.reads.shards, columns=None if columns is None else columns[:, 0]
+                visited=choice.reads.shards, columns=None if columns is None else columns[:, rank]
             )
         if self.store.statistics is None:
             return self.store.attend(query, reads, [window])
@@ -239,24 +239,24 @@ class LayerCache:
             if row.past:
                 window = [self._window_list(part.window_reads(index))]
                 own = query[row.tokens].unsqueeze(0)
-                if row.reads and self._placement.num_ranks == 1:
+                if row.reads and not row.is_far:
                     near = self.store.attend(own, row.reads, window)
                 else:
                     near, _ = decode_attention(own, window, self.spec.softmax_scale)
                 _merge_into(state, row.tokens, near)
-        if part.reads_shards and self._placement.num_ranks > 1:
+        if part.reads_far:
             self._attend_far(query, state, plan)
         return state
 
     def _attend_far(self, query: torch.Tensor, state: AttentionState, plan: StepPlan) -> None:
         """Merge into a state what owners have of the prompts' past."""
         by_rank = plan.prefill.rows_by_rank
-        counts = [sum(_length(row.tokens) for row in rows if row.reads) for rows in by_rank]
-        own = [row.tokens for row in plan.prefill.rows if row.reads]
+        counts = [sum(_length(row.tokens) for row in rows if row.is_far) for rows in by_rank]
+        own = [row.tokens for row in plan.prefill.rows if row.is_far]
         posted = torch.cat([query[:0], *(query[tokens] for tokens in own)])
         route = self._dispatcher.post(posted, None, counts)
         arrived, _ = self._dispatcher.wait(route, posted, None)
-        rows = [row for rows in by_rank for row in rows if row.reads]
+        rows = [row for rows in by_rank for row in rows if row.is_far]
         owned = [
             self.store.attend(part.unsqueeze(0), row.reads, [])
             for row, part in zip(rows, arrived.split([_length(row.tokens) for row in rows]))
@@ -273,7 +273,7 @@ class LayerCache:
         block = leaving_tokens(self.window, self._chunk, flush, self._placement, experts)
         if self.directory is not None:
             self.directory.note(block)
-        if self._placement.num_ranks > 1:
+        if flush.goes_far:
             copies = 1 if experts is None else experts.shape[1]
             owner = self._placement.owner(block.shard)
             counts = [count * copies for count in flush.counts]

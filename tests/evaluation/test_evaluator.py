@@ -20,7 +20,9 @@ from pikv_megatron.evaluation.figures import Evaluation
 from pikv_megatron.evaluation.task import RECALL, TEXT, build_tasks
 
 LENGTH, QUESTIONS, TEXTS, BATCH_SIZE = 80, 20, 4, 3
-SIZES = dict(page_size=4, num_sinks=2, window=8, flush_interval=3, prefill_chunk_size=20)
+SIZES = dict(
+    shard_after=0, page_size=4, num_sinks=2, window=8, flush_interval=3, prefill_chunk_size=20
+)
 CACHES = {
     "lossless": SIZES,
     "quarter": dict(SIZES, selector=dict(name="budget", share=0.25)),

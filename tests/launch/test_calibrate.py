@@ -86,7 +86,7 @@ def test_bad_options_are_refused(folder, more, named):
 
 def test_a_budget_is_spent_and_held(folder):
     program = PROGRAM.with_name("allocate.py")
-    (folder / "sizes.yaml").write_text("page_size: 8\nnum_sinks: 2\nwindow: 8\n")
+    (folder / "sizes.yaml").write_text("shard_after: 0\npage_size: 8\nnum_sinks: 2\nwindow: 8\n")
     output = folder / "budget.yaml"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     values = arguments(folder, "--pikv", str(folder / "sizes.yaml"), "--output", str(output))
