@@ -117,12 +117,14 @@ class PiKVConfig(LayerOptions):
                 )
         moments = [None] * len(layers)
         if self.calibration is not None:
-            moments = load_moments(self.calibration, [shape.kv for shape in layers])
+            moments = load_moments(self.calibration, [
+                shape.kv if shape.sliding_window is None else None for shape in layers
+            ])
         specs = tuple(
             LayerSpec(number + 1, *shape, self._options_of(number), moments[number])
             for number, shape in enumerate(layers)
         )
-        for spec in {spec[1:5]: spec for spec in specs}.values():
+        for spec in {spec[1:6]: spec for spec in specs}.values():
             spec.options.sketch.build(spec.kv, self.page_size, 0)
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
             if (codec.pooled > 1 or codec.ageing is not None) and self.replicas > 1:

@@ -18,12 +18,12 @@ class CodecErrors:
         context: its stores are observed.
 
     Attributes:
-        lost: [layers, 2, ng], float64, squared error of keys and of values, summed.
+        lost: [layers with pages, 2, ng], float64, squared error of keys and of values, summed.
         whole: likewise, their squares.
     """
 
     def __init__(self, context: PiKVInferenceContext):
-        self._stores = [layer.store for layer in context.layers.values()]
+        self._stores = [layer.store for layer in context.sharded_layers]
         num_groups = self._stores[0].pool.kv.keys.shape[0]
         device = self._stores[0].table.count.device
         self.lost, self.whole = torch.zeros(
