@@ -63,7 +63,7 @@ test: venv
 demo: venv
 	$(if $(filter 0 1,$(NUM_GPUS)),$(ON_CPU)) $(VENV)/bin/deepspeed --num_accelerators $(RANKS) \
 		--log_level warning launch/generate.py --model models/demo \
-		--pikv configs/pikv/lossless.yaml --prompt "$$($(VENV)/bin/python -c '$(PROMPT)')" \
+		--pikv configs/pikv/small_pages.yaml --prompt "$$($(VENV)/bin/python -c '$(PROMPT)')" \
 		--temperature 0.6 --max-new-tokens 256
 
 clean:

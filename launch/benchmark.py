@@ -11,15 +11,17 @@ from pathlib import Path
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from rich.console import Console
 
 from pikv_megatron import destroy_process_groups, init_process_groups
 from pikv_megatron.benchmarks.model.contestants import build_models
+from pikv_megatron.benchmarks.model.latency import collective_latency_ms
 from pikv_megatron.benchmarks.model.measurement import Measurement, measure
 from pikv_megatron.benchmarks.model.options import BenchmarkOptions, parse_options
-from pikv_megatron.benchmarks.model.ragged import RaggedMeasurement, measure_ragged
+from pikv_megatron.benchmarks.model.prefill import measure_prefill
+from pikv_megatron.benchmarks.model.ragged import measure_ragged
 from pikv_megatron.benchmarks.model.report import report_json
+from pikv_megatron.benchmarks.model.result import BenchmarkResult
 from pikv_megatron.benchmarks.model.tables import report_tables
 from pikv_megatron.inference.program import IS_FIRST_RANK, command, refuse, use_device
 from pikv_megatron.inference.progress import progress
@@ -35,31 +37,37 @@ def main() -> int:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         with redirect_stdout(sys.stderr):  # DeepSpeed prints what it builds
-            measured = run(options)
+            result = run(options)
     except ValueError as error:
         return refuse(error)
     if IS_FIRST_RANK:
-        Console().print(*report_tables(options, *measured), sep="\n")
+        Console().print(*report_tables(options, result), sep="\n")
         if options.output is not None:
-            report = report_json(options, *measured, command())
+            report = report_json(options, result, command())
             options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def run(options: BenchmarkOptions) -> tuple[list[Measurement], dict[str, RaggedMeasurement]]:
-    """Measure at every context length, and each PiKV cache over the mixed batch, if asked."""
+def run(options: BenchmarkOptions) -> BenchmarkResult:
+    """Measure at every context length, over the mixed batch, and every prompt, as was asked."""
     groups = init_process_groups(expert_parallel_size=int(os.environ.get("WORLD_SIZE", "1")))
     models = build_models(options, groups)
+    device = next(models[options.names[0]].parameters()).device
+    latency_ms = collective_latency_ms(groups.ep, device)
     measurements = [measure_at(options, models, length) for length in options.contexts]
     ragged = {}
     for name in options.pikv if options.lengths else ():
         with progress(f"mixed batch, {name}", IS_FIRST_RANK) as advance:
             ragged[name] = measure_ragged(options, models, name, advance)
-    return measurements, ragged
+    prefills = []
+    for length in options.prompts:
+        with progress(f"prompts of {length:,} tokens", IS_FIRST_RANK) as advance:
+            prefills.append(measure_prefill(options, models, length, advance))
+    return BenchmarkResult(measurements, ragged, prefills, latency_ms)
 
 
 def measure_at(
-    options: BenchmarkOptions, models: dict[str, GPTModel], context_len: int
+    options: BenchmarkOptions, models: dict[str, torch.nn.Module], context_len: int
 ) -> Measurement:
     """Measure behind one context length and show how far it is."""
     num_done = 0

@@ -27,7 +27,7 @@ from pikv_megatron.inference.progress import progress
 from pikv_megatron.runtime.machine import machine
 
 BATCH_SIZE = 16  # sequences of all ranks at once, so that a step's own cost does not prevail
-TABLE_WIDTH = 100  # where there is no terminal, rich would squeeze it into 80
+TABLE_WIDTH = 140  # where there is no terminal, rich would squeeze it into 80
 
 
 def main() -> int:

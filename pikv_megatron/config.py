@@ -6,6 +6,7 @@ from typing import Any, Literal, Sequence
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pikv_megatron.codec.calibration import load_moments
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
 from pikv_megatron.presets import preset_values
@@ -20,6 +21,8 @@ class PiKVConfig(LayerOptions):
         page_size: tokens a page (and a token buffer) holds, S.
         token_shards: N_tok of the shard hash; None: the expert-parallel size.
         expert_shards: N_exp of the shard hash, a power of two; 1 places by position only.
+        shard_after: first tokens of a sequence, whose pages lie on its home rank: a shorter one
+            costs no traffic.
         hash_block: consecutive positions that share a token hash, b; None: `page_size`.
         replicas: shards that store each token, those of its best experts.
         num_sinks: first tokens of a sequence that stay in the home rank's stream window.
@@ -29,6 +32,8 @@ class PiKVConfig(LayerOptions):
         dispatcher: how queries and KV travel between ranks.
         max_sequence_length: capacity, tokens a sequence; None: the model's maximum.
         lean_experts: whether a step runs only the MoE experts that got a token.
+        calibration: a file of `launch/calibrate.py` that transforms are fitted to; None: they
+            learn from every sequence's first pages.
         layers: other methods for some layers.
 
     The methods are those of `LayerOptions`.
@@ -37,6 +42,7 @@ class PiKVConfig(LayerOptions):
     page_size: int = Field(64, ge=1)
     token_shards: int | None = Field(None, ge=1)
     expert_shards: int = Field(1, ge=1)
+    shard_after: int = Field(1024, ge=0)
     hash_block: int | None = Field(None, ge=1)
     replicas: int = Field(1, ge=1)
     num_sinks: int = Field(4, ge=0)
@@ -46,6 +52,7 @@ class PiKVConfig(LayerOptions):
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     max_sequence_length: int | None = Field(None, ge=1)
     lean_experts: bool = True
+    calibration: Path | None = None
     layers: tuple[LayerOverride, ...] = ()
 
     @model_validator(mode="before")
@@ -95,8 +102,8 @@ class PiKVConfig(LayerOptions):
         """Every layer with its methods.
 
         Raises:
-            ValueError: `layers` names one that the model does not have, or a method does not fit
-                a layer.
+            ValueError: `layers` names one that the model does not have, or a method or the
+                calibration does not fit a layer.
         """
         for override in self.layers:
             beyond = [number for number in override.layers if number >= len(layers)]
@@ -105,13 +112,21 @@ class PiKVConfig(LayerOptions):
                     f"layers: match {override.match!r} names layer {beyond[0]}, and the model has "
                     f"{len(layers)}, counted from 0"
                 )
+        moments = [None] * len(layers)
+        if self.calibration is not None:
+            moments = load_moments(self.calibration, [shape.kv for shape in layers])
         specs = tuple(
-            LayerSpec(number + 1, *shape, self._options_of(number))
+            LayerSpec(number + 1, *shape, self._options_of(number), moments[number])
             for number, shape in enumerate(layers)
         )
-        for spec in {spec[1:]: spec for spec in specs}.values():
+        for spec in {spec[1:5]: spec for spec in specs}.values():
             spec.options.sketch.build(spec.kv, self.page_size, 0)
-            spec.options.codec.build(spec.kv, self.page_size, 0)
+            codec = spec.options.codec.build(spec.kv, self.page_size, 0)
+            if (codec.pooled > 1 or codec.ageing is not None) and self.replicas > 1:
+                raise ValueError(
+                    f"codec.transform {spec.options.codec.transform.name} stores neighbours as one "
+                    f"token, and replicas {self.replicas} hides tokens one by one: use replicas 1"
+                )
         return specs
 
     def _options_of(self, layer: int) -> LayerOptions:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from pikv_megatron.codec.transform.moments import KVMoments
 from pikv_megatron.layer_options import LayerOptions
 from pikv_megatron.types import KVShape
 
@@ -32,6 +33,7 @@ class LayerSpec(NamedTuple):
         softmax_scale: factor on the logits.
         sliding_window: tokens that a query sees, its own included; None: all of them.
         options: what is chosen for this layer.
+        moments: of its keys and values, where they were calibrated.
     """
 
     number: int
@@ -40,3 +42,4 @@ class LayerSpec(NamedTuple):
     softmax_scale: float
     sliding_window: int | None
     options: LayerOptions
+    moments: KVMoments | None = None

@@ -11,7 +11,9 @@ MODEL = dict(
     num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, num_experts=4,
     moe_ffn_hidden_size=32, vocab_size=64, max_sequence_length=512,
 )
-PIKV_CONFIG = dict(page_size=4, num_sinks=2, window=6, flush_interval=2, token_shards=2)
+PIKV_CONFIG = dict(
+    shard_after=0, page_size=4, num_sinks=2, window=6, flush_interval=2, token_shards=2
+)
 LOSSY = {
     "boxes": dict(sketch="bounding_box", selector=dict(name="budget", share=0.125)),
     "heavy": dict(retention="h2o", budget=dict(name="share", keep=0.125)),

@@ -9,7 +9,7 @@ from pikv_megatron import PiKVConfig, PiKVForCausalLM, process_groups
 from pikv_megatron.methods import FAMILIES
 from pikv_megatron.options import members
 
-SMALL = dict(page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
+SMALL = dict(shard_after=0, page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
 PROMPTS = [[(7 * i) % VOCAB for i in range(90)], [5, 9, 2], [(3 * i) % VOCAB for i in range(61)]]
 NUM_NEW = 12
 
@@ -27,9 +27,14 @@ METHODS = {
     f"{key} {name}": named(key, name) for key, kind in FAMILIES.items() for name in members(kind)
 } | {
     "mass with a tail": {"selector": {"name": "mass", "tail": "mean"}},
+    "pooled old pages": {
+        "codec": {"transform": {"name": "pyramidkv", "level": 0, "young": 1}, "format": "int8"},
+        "selector": "mass",
+    },
     "everything": {
         "router": "top_k", "selector": {"name": "budget", "share": 0.5, "tail": "mean"},
-        "retention": "h2o", "codec": {"transform": "svd", "format": "int8"},
+        "retention": "h2o",
+        "codec": {"transform": "mixed", "rotation": "hadamard", "format": "mixed"},
     },
 }
 LOSSLESS = [
@@ -78,6 +83,8 @@ def test_every_method_acts_through_generate(num_ranks):
         if name in LOSSLESS:
             assert every[0]["tokens"] == by_rank[0]["router all"]["tokens"]
             assert total["kept"] == total["sealed"] > 0 and total["read"] == all_pages
+        if name == "pooled old pages":
+            assert 0 < total["kept"] < 0.9 * total["sealed"]
         if name in ("retention h2o", "retention streaming", "budget share", "everything"):
             assert 0 < total["kept"] < 0.4 * total["sealed"], name
         if name in ("router top_k", "selector budget", "selector mass", "everything"):

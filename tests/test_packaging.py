@@ -44,7 +44,7 @@ LAYERS = [
 # Where Megatron-Core and DeepSpeed may be imported; dispatchers may use DeepSpeed's collectives.
 INTEGRATION = {
     "runtime", "transformer", "inference", "checkpoint", "demo", "benchmarks",
-    "evaluation",
+    "evaluation", "calibration",
 }
 
 

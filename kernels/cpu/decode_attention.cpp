@@ -98,7 +98,9 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
     const int64_t place = call.place(sequence, kv_head, i);
     const float shift = multiplicity + (list.bias ? list.bias[place] : 0.0f);
     for (int64_t t = 0; shown && t < tokens; ++t) x[t] = shown[t] ? x[t] : -INFINITY;
-    const float top = std::max(part.top[i], largest(x, tokens) + shift);
+    // Here, not in `top`: where both are huge, a rounded difference would leave exp(x) infinite.
+    for (int64_t t = 0; shift != 0.0f && t < tokens; ++t) x[t] += shift;
+    const float top = std::max(part.top[i], largest(x, tokens));
     if (top > part.top[i]) {
       const float factor = exp_of(part.top[i] - top);
       float* sum = part.sum + i * call.value_width;
@@ -106,7 +108,7 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
       part.total[i] *= factor;
       part.top[i] = top;
     }
-    const float mass = exp_row(x, tokens, top - shift);
+    const float mass = exp_row(x, tokens, top);
     part.total[i] += mass;
     if (list.mass) list.mass[place * list.columns + column] = top + std::log(mass);
   }

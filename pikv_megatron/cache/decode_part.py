@@ -3,12 +3,12 @@
 Legend: n rows of this home rank, W places of a window.
 """
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.step_rows import RowsByRank, WindowLayout
 from pikv_megatron.types import PageList
@@ -34,7 +34,7 @@ class DecodePart:
         rank: this rank.
         slots_per_rank: window slots of a rank.
         layout: the windows' layout.
-        most_pages: the most pages on one rank of a sequence with so many tokens in shards.
+        footprint: what tokens in shards take on the ranks.
         device: where the tensors are needed.
 
     Attributes:
@@ -44,12 +44,13 @@ class DecodePart:
         window_slots: [n], int64, slots on this rank.
         window_reads: one page a row, whose pools are to be filled in.
         reads_shards: some row of some rank has tokens in shards.
+        reads_far: some row of some rank has tokens on other ranks.
         most_pages: at least the pages that any row filled on any rank.
     """
 
     def __init__(
         self, rows_by_rank: RowsByRank, rank: int, slots_per_rank: int, layout: WindowLayout,
-        most_pages: Callable[[int], int], device: torch.device,
+        footprint: Footprint, device: torch.device,
     ):
         own = rows_by_rank[rank]
         self.counts = [len(rows) for rows in rows_by_rank]
@@ -59,7 +60,8 @@ class DecodePart:
         flushed = [row.sequence.flushed for rows in rows_by_rank for row in rows]
         in_shards = max(flushed, default=layout.num_sinks) - layout.num_sinks
         self.reads_shards = in_shards > 0
-        self.most_pages = most_pages(in_shards)
+        self.reads_far = footprint.is_far(in_shards)
+        self.most_pages = footprint.most_pages(in_shards)
         fields = [[r.sequence.slot, r.sequence.flushed, r.end] for r in own]
         numbers = torch.tensor(fields, dtype=torch.int64, device=device).view(-1, 3)
         self.slots, flushed, length = numbers.unbind(1)

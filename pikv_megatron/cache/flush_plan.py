@@ -3,11 +3,11 @@
 Legend: a tokens that lie in windows, c tokens of this step, w new tokens that stay.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.step_rows import RowsByRank, StepRow, WindowLayout
 
 
@@ -23,6 +23,7 @@ class FlushPlan:
         counts: tokens that leave each rank.
         slots_by_rank: slots in the group of the sequences that tokens leave, by home rank.
         most_pages: at least the pages that any of them has filled on any rank afterwards.
+        goes_far: some of what leaves any rank goes to another one.
     """
 
     window_places: torch.Tensor
@@ -32,6 +33,7 @@ class FlushPlan:
     counts: list[int]
     slots_by_rank: list[list[int]]
     most_pages: int
+    goes_far: bool
 
 
 @dataclass
@@ -58,7 +60,7 @@ def flushed_after(row: StepRow, decode_flushes: bool, layout: WindowLayout) -> i
 
 def plan_flush(
     rows_by_rank: RowsByRank, rank: int, first_slot: int, decode_flushes: bool,
-    layout: WindowLayout, most_pages: Callable[[int], int], device: torch.device,
+    layout: WindowLayout, footprint: Footprint, device: torch.device,
 ) -> FlushPlan | None:
     """What leaves in a step; None where nothing leaves any rank."""
     ends = [[flushed_after(row, decode_flushes, layout) for row in rows] for rows in rows_by_rank]
@@ -89,7 +91,8 @@ def plan_flush(
         position=torch.cat([window.position, chunk.position]).to(device),
         counts=counts,
         slots_by_rank=leaving,
-        most_pages=most_pages(longest),
+        most_pages=footprint.most_pages(longest),
+        goes_far=footprint.is_far(longest),
     )
 
 

@@ -4,6 +4,8 @@ Legend: t tokens of this home rank's step, n decoding rows, np query heads, ng K
 widths of keys and values, G ranks.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from pikv_megatron.cache.directory import PageDirectory
@@ -36,6 +38,9 @@ class LayerCache:
         dispatcher: brings queries and tokens to the owners.
         placement: the shard of a token.
         num_slots: sequences of this home rank.
+
+    Attributes:
+        on_attend: told of every step's query, key and value; None: nobody asks.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class LayerCache:
         self.selector = spec.options.selector.build()
         self._dispatcher = dispatcher
         self._placement = placement
+        self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self._chunk: tuple[torch.Tensor, torch.Tensor] | None = None
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last_lse = None
@@ -76,6 +82,8 @@ class LayerCache:
         Returns:
             [t, np, w_v].
         """
+        if self.on_attend is not None:
+            self.on_attend(query, key, value)
         self.hold(key, value, plan)
         first = plan.decode.num_rows
         parts = []
@@ -150,7 +158,7 @@ class LayerCache:
         if not part.reads_shards:
             return decode_attention(query, [window], self.spec.softmax_scale)[0]
         choice = self._choose(query, plan)
-        if self._placement.num_ranks == 1:
+        if not part.reads_far:
             state = self._attend_here(query, window, choice, part.own_reads)
         else:
             state = self._attend_everywhere(query, window, choice, plan)
@@ -171,11 +179,11 @@ class LayerCache:
     def _attend_here(
         self, query: torch.Tensor, window: PageList, choice: StepChoice, reads: OwnerReads
     ) -> AttentionState:
-        """This rank owns every shard: one softmax over all."""
-        columns = choice.reads.columns
+        """This rank has all of its sequences: one softmax over all."""
+        columns, rank = choice.reads.columns, self._placement.rank
         if choice.ask is not None:
             reads = reads._replace(
-                visited=choice.reads.shards, columns=None if columns is None else columns[:, 0]
+                visited=choice.reads.shards, columns=None if columns is None else columns[:, rank]
             )
         if self.store.statistics is None:
             return self.store.attend(query, reads, [window])
@@ -231,24 +239,24 @@ class LayerCache:
             if row.past:
                 window = [self._window_list(part.window_reads(index))]
                 own = query[row.tokens].unsqueeze(0)
-                if row.reads and self._placement.num_ranks == 1:
+                if row.reads and not row.is_far:
                     near = self.store.attend(own, row.reads, window)
                 else:
                     near, _ = decode_attention(own, window, self.spec.softmax_scale)
                 _merge_into(state, row.tokens, near)
-        if part.reads_shards and self._placement.num_ranks > 1:
+        if part.reads_far:
             self._attend_far(query, state, plan)
         return state
 
     def _attend_far(self, query: torch.Tensor, state: AttentionState, plan: StepPlan) -> None:
         """Merge into a state what owners have of the prompts' past."""
         by_rank = plan.prefill.rows_by_rank
-        counts = [sum(_length(row.tokens) for row in rows if row.reads) for rows in by_rank]
-        own = [row.tokens for row in plan.prefill.rows if row.reads]
+        counts = [sum(_length(row.tokens) for row in rows if row.is_far) for rows in by_rank]
+        own = [row.tokens for row in plan.prefill.rows if row.is_far]
         posted = torch.cat([query[:0], *(query[tokens] for tokens in own)])
         route = self._dispatcher.post(posted, None, counts)
         arrived, _ = self._dispatcher.wait(route, posted, None)
-        rows = [row for rows in by_rank for row in rows if row.reads]
+        rows = [row for rows in by_rank for row in rows if row.is_far]
         owned = [
             self.store.attend(part.unsqueeze(0), row.reads, [])
             for row, part in zip(rows, arrived.split([_length(row.tokens) for row in rows]))
@@ -265,13 +273,13 @@ class LayerCache:
         block = leaving_tokens(self.window, self._chunk, flush, self._placement, experts)
         if self.directory is not None:
             self.directory.note(block)
-        if self._placement.num_ranks > 1:
+        if flush.goes_far:
             copies = 1 if experts is None else experts.shape[1]
             owner = self._placement.owner(block.shard)
             counts = [count * copies for count in flush.counts]
             block = block.unpacked(self._dispatcher.send(block.packed(), owner, counts))
         self.store.insert(block)
-        if self.store.retention is not None:
+        if self.store.drops:
             if self.store.statistics is not None and self._prompts is not None:
                 self._observe(plan)
             self._prune(plan)
@@ -298,19 +306,26 @@ class LayerCache:
             self.store.observe(*(x.unsqueeze(0) for x in part), reads)
 
     def _prune(self, plan: StepPlan) -> None:
-        """Drop pages beyond the budget, and tell their homes, which list them too."""
+        """Pool old pages, drop those beyond the budget, and tell their homes, which list them
+        too."""
         flush = plan.flush
         every = [slot for slots in flush.slots_by_rank for slot in slots]
-        device = self.spec.kv.device
-        drop = self.store.prune(torch.tensor(every, device=device), flush.most_pages)
-        if self.directory is None:
-            return
-        own = flush.slots_by_rank[self._placement.rank]
+        slots = torch.tensor(every, device=self.spec.kv.device)
+        drops = self.store.age(slots, flush.most_pages)
+        if self.store.retention is not None:
+            drops.append(self.store.prune(slots, flush.most_pages))
+        if self.directory is not None:
+            for drop in drops:
+                self._tell_homes(drop, plan)
+
+    def _tell_homes(self, drop: torch.Tensor, plan: StepPlan) -> None:
+        """Columns [sequences of all ranks, m] that this owner dropped."""
+        slots_by_rank = plan.flush.slots_by_rank
+        own = slots_by_rank[self._placement.rank]
         first_slot = self._placement.rank * plan.slots_per_rank
-        counts = [len(slots) for slots in flush.slots_by_rank]
-        route = self._dispatcher.everywhere(counts)
+        route = self._dispatcher.everywhere([len(slots) for slots in slots_by_rank])
         words = self._dispatcher.give_back(route, pack_bits(drop), FLUSH_OP)
-        slots = torch.tensor(own, dtype=torch.int64, device=device) - first_slot
+        slots = torch.tensor(own, dtype=torch.int64, device=drop.device) - first_slot
         self.directory.apply(slots, unpack_bits(words, drop.shape[1]).transpose(0, 1))
 
     def _window_list(self, reads: PageList) -> PageList:

@@ -44,6 +44,10 @@ class PageStatistics:
         self.mass[pages] = 0.0
         self.seen[pages] = 0.0
 
+    def join(self, pages: torch.Tensor, others: torch.Tensor) -> None:
+        """Pages [c] now hold what `others` [c] held, too."""
+        self.mass[pages] += self.mass[others]
+
     def add(self, pages: torch.Tensor, shares: torch.Tensor, num_queries: int = 1) -> None:
         """Count shares of the whole attention.
 

@@ -12,11 +12,14 @@ MAX_REPLICA_SHARDS = 32
 class Placement(BaseModel):
     """s(t, e) = (floor(t / b) mod N_tok) XOR (e mod N_exp); shard s belongs to rank s mod G.
 
-    With one expert shard nothing is XORed, and N_tok is any multiple of G.
+    With one expert shard nothing is XORed, and N_tok is any multiple of G. The first
+    `shard_after` tokens behind the sinks stay on their home rank, in that of its shards which has
+    the place of s among its owner's.
 
     Example:
         N_tok = 4, N_exp = 2, b = 64, G = 2: token 130 of expert 5 has the token hash
-        (130 // 64) % 4 = 2 and the expert hash 5 % 2 = 1, so shard 2 ^ 1 = 3, owned by rank 1.
+        (130 // 64) % 4 = 2 and the expert hash 5 % 2 = 1, so shard 2 ^ 1 = 3, owned by rank 1. If
+        it is to stay at home, on rank 0, its shard is 2, like 3 the second one of its owner.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -26,6 +29,8 @@ class Placement(BaseModel):
     hash_block: int
     num_ranks: int
     rank: int
+    num_sinks: int = 0
+    shard_after: int = 0
 
     @classmethod
     def resolve(cls, config: PiKVConfig, num_ranks: int, rank: int = 0) -> "Placement":
@@ -40,6 +45,8 @@ class Placement(BaseModel):
             hash_block=config.hash_block or config.page_size,
             num_ranks=num_ranks,
             rank=rank,
+            num_sinks=config.num_sinks,
+            shard_after=config.shard_after,
         )
         placement._check(config.token_shards is None, config.replicas)
         return placement
@@ -54,19 +61,15 @@ class Placement(BaseModel):
         return self.num_shards // self.num_ranks
 
     def shard(self, position: torch.Tensor, expert: torch.Tensor | None) -> torch.Tensor:
-        """The shard of each token: position [t], expert [t] or None for a layer without experts."""
-        token_hash = (position // self.hash_block) % self.token_shards
-        return token_hash if expert is None else token_hash ^ (expert % self.expert_shards)
-
-    def most_pages(self, num_tokens: int, page_size: int, copies: int) -> int:
-        """Most pages of `page_size` that `num_tokens` neighbours, each stored `copies` times, can
-        fill on one rank."""
-        if self.expert_shards > 1:
-            # The experts of one rank may have been chosen for every token.
-            return copies * num_tokens // page_size
-        period = self.token_shards * self.hash_block
-        in_shard = -(-num_tokens // period) * self.hash_block
-        return self.shards_per_rank * (min(num_tokens, in_shard) // page_size)
+        """The shard of each token of this home rank's sequences: position [t], expert [t] or None
+        for a layer without experts."""
+        shard = (position // self.hash_block) % self.token_shards
+        if expert is not None:
+            shard = shard ^ (expert % self.expert_shards)
+        if self.shard_after == 0 or self.num_ranks == 1:
+            return shard
+        at_home = self.local_shard(shard) * self.num_ranks + self.rank
+        return torch.where(position < self.num_sinks + self.shard_after, at_home, shard)
 
     def owner(self, shard: torch.Tensor) -> torch.Tensor:
         return shard % self.num_ranks

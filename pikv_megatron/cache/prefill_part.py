@@ -3,11 +3,11 @@
 Each has its own length, so they are attended to one by one.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.step_rows import RowsByRank, StepRow, WindowLayout
 from pikv_megatron.types import PageList
@@ -21,11 +21,13 @@ class PrefillRow:
         tokens: its tokens among those of its rank's prefill rows.
         past: tokens that were cached before.
         reads: what an owner reads for it; None: nothing of it lies in shards.
+        is_far: some of it lies on other ranks.
     """
 
     tokens: slice
     past: int
     reads: OwnerReads | None
+    is_far: bool
 
 
 class PrefillPart:
@@ -37,22 +39,22 @@ class PrefillPart:
         rows: of this rank.
         rows_by_rank: of each home rank.
         lens: tokens of this rank's rows.
-        reads_shards: some row of some rank has tokens in shards.
+        reads_far: some row of some rank has tokens on other ranks.
         slots_by_rank: slots in the group of each home rank's rows.
     """
 
     def __init__(
         self, rows_by_rank: RowsByRank, rank: int, slots_per_rank: int, layout: WindowLayout,
-        most_pages: Callable[[int], int], device: torch.device,
+        footprint: Footprint, device: torch.device,
     ):
-        self._layout, self._most_pages, self._device = layout, most_pages, device
+        self._layout, self._footprint, self._device = layout, footprint, device
         self._first_slot = rank * slots_per_rank
         self._step_rows = rows_by_rank[rank]
         self.rows_by_rank = [self._prefill_rows(rows) for rows in rows_by_rank]
         self.rows = self.rows_by_rank[rank]
         self.lens = [row.count for row in rows_by_rank[rank]]
         self.slots_by_rank = [[row.sequence.slot for row in rows] for rows in rows_by_rank]
-        self.reads_shards = any(row.reads for rows in self.rows_by_rank for row in rows)
+        self.reads_far = any(row.is_far for rows in self.rows_by_rank for row in rows)
 
     @property
     def is_anywhere(self) -> bool:
@@ -80,14 +82,14 @@ class PrefillPart:
         found, first = [], 0
         for row in rows:
             tokens = slice(first, first + row.count)
-            found.append(PrefillRow(tokens, row.past, self._reads(row)))
+            in_shards = row.sequence.flushed - self._layout.num_sinks
+            reads = self._reads(row.sequence.slot, in_shards)
+            found.append(PrefillRow(tokens, row.past, reads, self._footprint.is_far(in_shards)))
             first = tokens.stop
         return found
 
-    def _reads(self, row: StepRow) -> OwnerReads | None:
-        in_shards = row.sequence.flushed - self._layout.num_sinks
+    def _reads(self, slot: int, in_shards: int) -> OwnerReads | None:
         if in_shards <= 0:
             return None
-        slot = row.sequence.slot
         slots = torch.tensor([slot], dtype=torch.int64, device=self._device)
-        return OwnerReads(slots, self._most_pages(in_shards), (slot,))
+        return OwnerReads(slots, self._footprint.most_pages(in_shards), (slot,))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from pikv_megatron.cache.ageing import pool_level
 from pikv_megatron.cache.first_pages import fit_new
 from pikv_megatron.cache.ledger import Admission, PageLedger
 from pikv_megatron.cache.owner_reads import OwnerReads
@@ -35,6 +36,8 @@ class ShardStore:
 
     Attributes:
         on_read: told of every list of pages that queries read; None: nobody asks.
+        on_seal: told of the keys, values, page numbers and sequences of pages that were sealed;
+            None: nobody asks.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class ShardStore:
         self._budget = options.budget
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
-        self._codec = options.codec.build(kv, page_size, num_slots)
+        self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
         self.pool = PagePool(self._codec, page_size, has_replicas, kv.device)
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
@@ -64,6 +67,7 @@ class ShardStore:
         # What is read where nothing is left out changes with a flush only.
         self._lists: dict[tuple, PageList] = {}
         self.on_read: Callable[[PageList], None] | None = None
+        self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
 
     def reserve(self, num_pages: int) -> None:
         """See that `num_pages` pages are free before any token is computed."""
@@ -75,9 +79,31 @@ class ShardStore:
     def num_columns(self, most_pages: int) -> int:
         """At least the pages that a sequence has here between two flushes, where it has filled at
         most so many."""
+        if self._codec.ageing is not None:
+            most_pages = self._codec.ageing.most(most_pages, self._shards)
         if self.retention is None:
             return most_pages
         return self._budget.most(most_pages, self._shards)
+
+    @property
+    def drops(self) -> bool:
+        """Whether pages are given back before their sequence ends."""
+        return self.retention is not None or self._codec.ageing is not None
+
+    def age(self, slots: torch.Tensor, most_pages: int) -> list[torch.Tensor]:
+        """Pool older pages of sequences [r]; see `prune` for what is returned, level by level."""
+        drops = []
+        for level in range(0 if self._codec.ageing is None else self._codec.ageing.levels):
+            self._lists.clear()
+            pages = self.table.page[slots, :most_pages]
+            pair, drop = pool_level(
+                self._codec, self.pool, slots, pages, self._stats(slots, most_pages), level
+            )
+            if self.statistics is not None:
+                self.statistics.join(*pair)
+            self._drop(slots, drop)
+            drops.append(drop)
+        return drops
 
     def insert(self, block: TokenBlock) -> None:
         """Append tokens to their buffers, sealing every buffer that fills up: O(t)."""
@@ -151,11 +177,7 @@ class ShardStore:
         stats = self._stats(slots, most_pages)
         limit = self._budget.limit(self.ledger.num_pages[slots], self._shards)
         drop = self.retention.drop(stats, limit)
-        pages, is_dropped = (x.flatten() for x in self.table.apply(slots, drop))
-        if pages.numel():
-            self.pool.free.release_some(pages, is_dropped)
-            if self.statistics is not None:
-                self.statistics.forget(pages, is_dropped)
+        self._drop(slots, drop)
         return drop
 
     def release(self, slot: int) -> None:
@@ -184,6 +206,12 @@ class ShardStore:
         sealed = self.pool.position[self.table.pages_of(slot)].reshape(-1)
         return torch.cat([sealed, *open_parts])
 
+    def restore(
+        self, pages: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [ng, c, S, w] that pages [c] of the sequences `slots` [c] stand for."""
+        return self._codec.restore(self.pool.kv, pages, slots)
+
     def check_integrity(self) -> None:
         """Every page is free or in exactly one table, and the counts agree."""
         used = [self.table.pages_of(slot) for slot in range(self.num_slots)]
@@ -196,7 +224,7 @@ class ShardStore:
         assert torch.equal(filled, self.ledger.num_pages), "page counts disagree with token counts"
         kept = self.table.count
         assert bool((kept <= filled).all()), "more pages listed than were filled"
-        assert self.retention is not None or torch.equal(kept, filled), "pages are missing"
+        assert self.drops or torch.equal(kept, filled), "pages are missing"
 
     def holds(self, slot: int) -> bool:
         """Whether any token of a sequence is stored."""
@@ -225,6 +253,17 @@ class ShardStore:
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, *tokens)
         self._codec.seal(*tokens, self.pool.kv, pages, slots)
+        if self.on_seal is not None:
+            real = admission.is_page.nonzero().squeeze(1)
+            self.on_seal(*(x[:, real] for x in tokens), pages[real], slots[real])
+
+    def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
+        """Give pages [r, m] back."""
+        pages, is_dropped = (x.flatten() for x in self.table.apply(slots, drop))
+        if pages.numel():
+            self.pool.free.release_some(pages, is_dropped)
+            if self.statistics is not None:
+                self.statistics.forget(pages, is_dropped)
 
     def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
         is_page = self.table.is_page(slots, num_columns)

@@ -6,12 +6,11 @@ those of rows that decode, one each, then those of prompts.
 Legend: n rows of this home rank, t tokens of them, T tokens of the forward pass, padding included.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from pikv_megatron.cache.decode_part import DecodePart
 from pikv_megatron.cache.flush_plan import flushed_after, plan_flush, plan_writes
+from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.prefill_part import PrefillPart
 from pikv_megatron.cache.rotation import Rotation
 from pikv_megatron.cache.step_rows import RowsByRank, WindowLayout
@@ -25,7 +24,7 @@ class StepPlan:
         rank: this rank.
         slots_per_rank: window slots of a rank.
         layout: the windows' layout.
-        most_pages: the most pages on one rank of a sequence with so many tokens in shards.
+        footprint: what tokens in shards take on the ranks.
         device: where the tensors are needed.
         pads_evenly: every rank must forward the same number of tokens.
 
@@ -47,7 +46,7 @@ class StepPlan:
 
     def __init__(
         self, rows_by_rank: RowsByRank, rank: int, slots_per_rank: int, layout: WindowLayout,
-        most_pages: Callable[[int], int], device: torch.device, pads_evenly: bool,
+        footprint: Footprint, device: torch.device, pads_evenly: bool,
     ):
         self._rows_by_rank = [sorted(rows, key=lambda r: not r.is_decode) for rows in rows_by_rank]
         self._layout = layout
@@ -62,14 +61,14 @@ class StepPlan:
             [[r for r in rows if r.is_decode == kind] for rows in self._rows_by_rank]
             for kind in (True, False)
         )
-        common = rank, slots_per_rank, layout, most_pages, device
+        common = rank, slots_per_rank, layout, footprint, device
         self.decode, self.prefill = DecodePart(decoding, *common), PrefillPart(prompts, *common)
         self._decode_flushes = any(
             row.end - row.sequence.flushed >= layout.ring for rows in decoding for row in rows
         )
         self.first_slot = first_slot = rank * slots_per_rank
         self.flush = plan_flush(
-            self._rows_by_rank, rank, first_slot, self._decode_flushes, layout, most_pages, device
+            self._rows_by_rank, rank, first_slot, self._decode_flushes, layout, footprint, device
         )
         self.decode_writes = plan_writes(decoding[rank], 0, first_slot, layout, device)
         self.prefill_writes = plan_writes(

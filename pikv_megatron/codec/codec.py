@@ -4,10 +4,12 @@ Legend: ng KV heads, c pages, S tokens a page, hn head width, n sequences, sq qu
 heads, m pages listed for a sequence.
 """
 
+import math
+
 import torch
 
 from pikv_megatron.codec.format.base import FormatOptions
-from pikv_megatron.codec.transform.base import KVTransform
+from pikv_megatron.codec.transform.base import Ageing, KVTransform
 from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.expand_pages import expand_pages
 from pikv_megatron.ops.merge_states import merge_states
@@ -23,33 +25,54 @@ class PageCodec:
         page_size: S.
         transform: None stores them in their own widths.
         page_format: how numbers are packed.
+        ageing: how older pages are pooled; None: they are not.
+
+    Attributes:
+        pooled: neighbours that are stored as one token when they are sealed.
+        ageing: as given.
     """
 
     def __init__(
         self, kv: KVShape, page_size: int, transform: KVTransform | None,
-        page_format: FormatOptions,
+        page_format: FormatOptions, ageing: Ageing | None = None,
     ):
-        self._page_size = page_size
         self._transform = transform
         self._format = page_format
-        self._stored = kv
+        self.ageing = ageing
+        self._stored, self.pooled = kv, 1 if transform is None else transform.pooled
         if transform is not None:
             self._stored = kv._replace(
                 key_width=transform.key_width, value_width=transform.value_width
             )
+        self._page_size = page_size // self.pooled  # as stored
 
     def allocate(self, num_pages: int) -> KVPages:
         """An empty pool of `num_pages` pages."""
-        return self._format.allocate(self._stored, num_pages, self._page_size)
+        pages = self._format.allocate(self._stored, num_pages, self._page_size)
+        if self.pooled > 1 or self.ageing is not None:
+            logs = torch.zeros(num_pages, device=self._stored.device)
+            pages = pages._replace(log_multiplicity=logs)
+        return pages
 
     def seal(
         self, keys: torch.Tensor, values: torch.Tensor, pages: KVPages, page: torch.Tensor,
-        slots: torch.Tensor,
+        slots: torch.Tensor, level: int = 0,
     ) -> None:
-        """Write full pages [ng, c, S, hn] of the sequences `slots` [c] to the places page [c]."""
+        """Write full pages [ng, c, S, hn] of the sequences `slots` [c] to the places page [c].
+
+        Args:
+            level: times that their tokens were pooled before.
+        """
         if self._transform is not None:
             keys, values = self._transform.encode(keys, values, slots)
         seal_page(keys, values, pages, page)
+        if pages.log_multiplicity is not None:
+            pages.log_multiplicity[page] = math.log(self.pooled << level)
+
+    def levels(self, pages: KVPages, page: torch.Tensor) -> torch.Tensor:
+        """Times that pages [...] were pooled after they were sealed, int64."""
+        logs = pages.log_multiplicity[page] / math.log(2)
+        return logs.round().long() - (self.pooled.bit_length() - 1)
 
     def restore(
         self, pages: KVPages, page: torch.Tensor, slots: torch.Tensor
@@ -84,7 +107,7 @@ class PageCodec:
     @property
     def learns(self) -> bool:
         """Whether it has to be fitted."""
-        return self._transform is not None
+        return self._transform is not None and self._transform.learns
 
     def fit(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Learn from the tokens [ng, t, hn] of a sequence's first pages."""
@@ -105,10 +128,19 @@ class PageCodec:
 
     def _attend_transformed(self, query, sealed, softmax_scale, slots, with_mass):
         absorbed, bias = self._transform.absorb(query, slots)
-        listed = sealed._replace(logit_bias=bias * softmax_scale)
+        listed = self._stored_list(sealed)
+        if bias is not None:
+            listed = listed._replace(logit_bias=bias * softmax_scale)
         state, masses = decode_attention(
             absorbed.to(query.dtype), [listed], softmax_scale, with_mass
         )
         out = self._transform.emit(state.out, slots)
         has_keys = (state.lse > -torch.inf).unsqueeze(3)
         return AttentionState(out * has_keys, state.lse), masses[0] if with_mass else None
+
+    def _stored_list(self, sealed: PageList) -> PageList:
+        """A list of whole pages, with as many tokens as are stored of them."""
+        if self.pooled == 1:
+            return sealed
+        assert sealed.token_mask is None, "pooled tokens are hidden together only"
+        return sealed._replace(lens=sealed.lens // self.pooled)

@@ -1,6 +1,6 @@
 """The codecs that `PiKVConfig.codec` can name: a transform and a format."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -12,12 +12,25 @@ from pikv_megatron.codec.format.int4 import Int4Options
 from pikv_megatron.codec.format.int8 import Int8Options
 from pikv_megatron.codec.format.mixed import MixedOptions
 from pikv_megatron.codec.format.plain import PlainOptions
+from pikv_megatron.codec.rotation import RotatedTransform
+from pikv_megatron.codec.transform.chunkkv import ChunkKVOptions
+from pikv_megatron.codec.transform.distillation import DistillationOptions
+from pikv_megatron.codec.transform.fastv import FastVOptions
 from pikv_megatron.codec.transform.identity import IdentityOptions
+from pikv_megatron.codec.transform.lora import LoRAOptions
+from pikv_megatron.codec.transform.lora_plus import LoRAPlusOptions
+from pikv_megatron.codec.transform.mixed import MixedTransformOptions
+from pikv_megatron.codec.transform.moments import KVMoments
+from pikv_megatron.codec.transform.pruning import PruningOptions
+from pikv_megatron.codec.transform.pyramidkv import PyramidKVOptions
 from pikv_megatron.codec.transform.svd import SVDOptions
 from pikv_megatron.options import Options, family
 from pikv_megatron.types import KVShape
 
-Transform = family(IdentityOptions, SVDOptions)
+Transform = family(
+    IdentityOptions, LoRAOptions, LoRAPlusOptions, SVDOptions, ChunkKVOptions, FastVOptions,
+    PruningOptions, DistillationOptions, MixedTransformOptions, PyramidKVOptions,
+)
 Format = family(
     PlainOptions, Float8Options, Int8Options, Int4Options, Int3Options, Int2Options, MixedOptions
 )
@@ -27,23 +40,40 @@ class CodecOptions(Options):
     """How sealed pages are stored."""
 
     transform: Transform = Field(IdentityOptions(), description="what is stored of a token")
+    rotation: Literal["none", "hadamard"] = Field(
+        "none", description="of stored numbers, before they are packed"
+    )
     format: Format = Field(PlainOptions(), description="how its numbers are packed")
 
-    @field_validator("format", mode="before")
+    @field_validator("transform", "format", mode="before")
     @classmethod
     def _from_pair(cls, value: Any) -> Any:
-        """`{keys: int4, values: int2}` needs no name."""
+        """`{keys: int4, values: int2}` needs no name, nor do two transforms."""
         is_pair = isinstance(value, dict) and value.keys() == {"keys", "values"}
         return {"name": "mixed", **value} if is_pair else value
 
-    def build(self, kv: KVShape, page_size: int, num_slots: int) -> PageCodec:
+    def build(
+        self, kv: KVShape, page_size: int, num_slots: int, moments: KVMoments | None = None
+    ) -> PageCodec:
         """The codec of a layer, for `num_slots` sequences.
+
+        Args:
+            moments: of the layer's keys and values, where it was calibrated.
 
         Raises:
             ValueError: a parameter does not fit the layer or the pages.
         """
-        self.format.check(page_size)
-        return PageCodec(kv, page_size, self.transform.build(kv, num_slots), self.format)
+        transform = self.transform.build(kv, num_slots, moments)
+        if self.rotation == "hadamard":
+            transform = RotatedTransform(kv, transform)
+        pooled = 1 if transform is None else transform.pooled
+        if page_size % pooled:
+            raise ValueError(
+                f"codec.transform {self.transform.name} stores {pooled} tokens as one: page_size "
+                f"{page_size} must be a multiple of {pooled}"
+            )
+        self.format.check(page_size // pooled)
+        return PageCodec(kv, page_size, transform, self.format, self.transform.ageing)
 
 
 def _from_none(value: Any) -> Any:

@@ -7,6 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from pikv_megatron.config import PiKVConfig
+from pikv_megatron.evaluation.codec_errors import CodecErrors
 from pikv_megatron.evaluation.figures import Evaluation, Figures, judge, summed
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.teacher_forcing import TeacherForcing
@@ -54,11 +55,18 @@ class Evaluator:
         """Measure one cache; the first run's is the reference, so it is to be lossless."""
         context = self._new_context(pikv)
         forcing = TeacherForcing(self._model, context, self._vocab_size, on_step)
+        errors = CodecErrors(context)
         figures = {
             task: self._measure(task, forcing, context.ep_group) for task in self._tasks
         }
         num_bytes = torch.tensor(context.allocated_bytes(), device=forcing.device)
-        return Evaluation(name, pikv, figures, int(summed(num_bytes, context.ep_group)))
+        errors.lost, errors.whole = (
+            summed(x, context.ep_group) for x in (errors.lost, errors.whole)
+        )
+        return Evaluation(
+            name, pikv, figures, int(summed(num_bytes, context.ep_group)), _token_bytes(context),
+            errors.relative().tolist(),
+        )
 
     def _new_context(self, pikv: PiKVConfig) -> PiKVInferenceContext:
         per_rank = -(-self._batch_size // self._model.pg_collection.ep.size())
@@ -83,6 +91,15 @@ class Evaluator:
         if index == len(known):
             known.append(logprobs)
         return known[index]
+
+
+def _token_bytes(context: PiKVInferenceContext) -> float:
+    """Of the pools of all layers, for a token that they have room for."""
+    total = 0.0
+    for layer in context.layers.values():
+        pool = layer.store.pool
+        total += sum(t.nbytes for t in pool.tensors()) / pool.position.numel()
+    return total
 
 
 def lossless(pikv: PiKVConfig) -> PiKVConfig:

@@ -60,12 +60,20 @@ class Evaluation:
         pikv: the configuration.
         figures: by task.
         allocated_bytes: of all ranks' caches.
+        token_bytes: of a token in a sealed page, all layers, scales and metadata included.
+        errors: by layer, of keys and of values, by KV head: |x - x^| / |x| of what was sealed.
     """
 
     name: str
     pikv: PiKVConfig
     figures: dict[str, Figures]
     allocated_bytes: int
+    token_bytes: float
+    errors: list[list[list[float]]]
+
+    def mean_error(self, side: int) -> float:
+        """Of keys (0) or values (1), over layers and heads."""
+        return mean(error for layer in self.errors for error in layer[side])
 
 
 def judge(logprobs: Tensor, targets: Tensor, is_judged: Tensor, reference: Tensor) -> Tensor:

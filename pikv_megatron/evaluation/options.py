@@ -106,7 +106,7 @@ def _read_caches(
 ) -> dict[str, PiKVConfig]:
     caches: dict[str, PiKVConfig] = {}
     for text in names:
-        name, pikv = Path(text).stem, _read_cache(text)
+        name, pikv = Path(text).stem, read_cache(text)
         if name in caches:
             raise ValueError(f"--pikv {text}: another one is called {name}, too; rename one")
         if length > (pikv.max_sequence_length or length):
@@ -124,7 +124,7 @@ def _read_caches(
     return caches
 
 
-def _read_cache(text: str) -> PiKVConfig:
+def read_cache(text: str) -> PiKVConfig:
     """A name without a suffix is a preset's, unless there is such a file."""
     if Path(text).exists() or Path(text).suffix:
         return PiKVConfig.from_file(text)

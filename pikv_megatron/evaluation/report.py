@@ -15,12 +15,15 @@ from pikv_megatron.evaluation.task import RECALL, TEXT
 PAGES_READ = "pages read\n% by layer"  # wraps where there are many layers
 COLUMNS = (
     "recall\n%", "perplexity", "change\n%", "KL\nnats", PAGES_READ, "kept\n%", "bytes",
-    "over\nlossless", "ms a\nstep",
+    "over\nlossless", "B a\ntoken", "times\nsmaller", "error K\nV, %", "ms a\nstep",
 )
 
 
 def report_table(options: EvaluateOptions, evaluations: Sequence[Evaluation]) -> Table:
-    """A row for each cache, the reference first; what is read and timed is that of text."""
+    """A row for each cache, the reference first; what is read and timed is that of text.
+
+    "B a token" and "times smaller" are of sealed pages; errors are relative, keys' and values'.
+    """
     table = Table(
         title=f"{options.length} tokens: recall of pairs; text, a byte of its second half",
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
@@ -65,6 +68,9 @@ def _cells(evaluation: Evaluation, reference: Evaluation) -> list[str]:
         f"{100 * sum(text.pages_kept) / len(text.pages_kept):.1f}",
         decimal(evaluation.allocated_bytes),
         f"{evaluation.allocated_bytes / reference.allocated_bytes:.3f}",
+        f"{evaluation.token_bytes:.0f}",
+        f"{reference.token_bytes / evaluation.token_bytes:.2f}",
+        " ".join(f"{100 * evaluation.mean_error(side):.1f}" for side in (0, 1)),
         f"{text.step_ms:.1f}",
     ]
 
@@ -77,4 +83,6 @@ def _result(evaluation: Evaluation, reference: Evaluation) -> dict[str, Any]:
         "perplexity_change": change(evaluation, reference),
         "allocated_bytes": evaluation.allocated_bytes,
         "bytes_over_lossless": evaluation.allocated_bytes / reference.allocated_bytes,
+        "token_bytes": evaluation.token_bytes,
+        "errors": evaluation.errors,
     }

@@ -8,6 +8,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.cache.directory import PageDirectory
+from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
@@ -55,6 +56,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.num_ranks = 1 if ep_group is None else ep_group.size()
         self.rank = 0 if ep_group is None else ep_group.rank()
         self.placement = Placement.resolve(config, self.num_ranks, self.rank)
+        self._footprint = Footprint(self.placement, config.page_size, max(1, self.keeps_experts))
         self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
         self.plan: StepPlan | None = None
         self._pads_evenly = pads_evenly
@@ -123,18 +125,16 @@ class PiKVInferenceContext(StaticInferenceContext):
         """
         chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
         for layer in self.sharded_layers:
-            more = [
-                (sequence.slot // self.max_batch_size,
-                 layer.store.num_columns(self._num_pages(length))
-                 - layer.store.num_columns(self._num_sealed(sequence)))
-                for sequence, length in lengths
-            ]
-            own = sum(pages for home, pages in more if home == self.rank)
             # What a prompt's chunk fills is dropped after it was filled.
-            spare = 0 if layer.store.retention is None else chunk
-            layer.reserve(
-                sum(pages for _, pages in more) + spare, own * self.num_ranks + spare
-            )
+            owned = noted = chunk if layer.store.drops else 0
+            for sequence, length in lengths:
+                home = sequence.slot // self.max_batch_size
+                here = self._missing_pages(layer, sequence, length, home == self.rank)
+                owned += here
+                if home == self.rank:
+                    far = self._missing_pages(layer, sequence, length, at_home=False)
+                    noted += here + (self.num_ranks - 1) * far
+            layer.reserve(owned, noted)
 
     def begin_step(self, rows_by_rank: RowsByRank, device: torch.device) -> None:
         """Plan a step whose rows every rank knows.
@@ -178,34 +178,27 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def _new_plan(self, rows_by_rank: RowsByRank, device: torch.device) -> StepPlan:
         return StepPlan(
-            rows_by_rank, self.rank, self.max_batch_size, self.layout, self._most_pages, device,
+            rows_by_rank, self.rank, self.max_batch_size, self.layout, self._footprint, device,
             self._pads_evenly,
         )
 
-    def _most_pages(self, num_tokens: int) -> int:
-        """Most pages on one rank of a sequence with so many tokens in shards."""
-        copies = max(1, self.keeps_experts)
-        return self.placement.most_pages(num_tokens, self.pikv_config.page_size, copies)
-
-    def _num_pages(self, length: int) -> int:
-        """Pages on one rank for a sequence of `length` tokens that is spread evenly."""
-        in_shards = max(0, length - self.pikv_config.num_sinks - self.pikv_config.window)
-        per_page = self.pikv_config.page_size * self.placement.num_shards
-        copies = max(1, self.keeps_experts)
-        return -(-in_shards * copies // per_page) * self.placement.shards_per_rank
-
-    def _num_sealed(self, sequence: CachedSequence) -> int:
-        """Pages on one rank that such a sequence has at least."""
-        in_shards = sequence.flushed - self.pikv_config.num_sinks
-        per_page = self.pikv_config.page_size * self.placement.num_shards
-        copies = max(1, self.keeps_experts)
-        return in_shards * copies // per_page * self.placement.shards_per_rank
+    def _missing_pages(
+        self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool
+    ) -> int:
+        """Pages that a sequence of `length` tokens, spread evenly, needs on a rank besides those
+        that it has."""
+        sinks, store = self.pikv_config.num_sinks, layer.store
+        later = length - sinks - self.pikv_config.window
+        wanted = store.num_columns(self._footprint.enough_pages(later, at_home))
+        return wanted - store.num_columns(
+            self._footprint.full_pages(sequence.flushed - sinks, at_home)
+        )
 
     def _new_layer(self, spec: LayerSpec) -> LayerCache | SlidingCache:
         if spec.sliding_window is not None:
             return SlidingCache(spec, self.max_batch_size)
         page_size, slots = self.pikv_config.page_size, self.max_batch_size
-        max_pages = self._most_pages(self.max_sequence_length)
+        max_pages = self._footprint.most_pages(self.max_sequence_length)
         window = StreamWindow(spec.kv, slots, self.layout.size, self.keeps_experts)
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pikv_megatron import PiKVConfig
+from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.placement import Placement
 
 
@@ -14,13 +15,45 @@ from pikv_megatron.cache.placement import Placement
     ({"expert_shards": 4, "token_shards": 16}, 8, 16),
 ])
 def test_shards_are_dealt_evenly(fields, num_ranks, num_shards):
-    placement = Placement.resolve(PiKVConfig(hash_block=1, **fields), num_ranks)
+    placement = Placement.resolve(PiKVConfig(hash_block=1, shard_after=0, **fields), num_ranks)
     assert placement.num_shards == num_shards
     assert placement.shards_per_rank * num_ranks == num_shards
     position = torch.arange(4 * num_shards).repeat_interleave(32)
     expert = torch.arange(32).repeat(4 * num_shards) if placement.expert_shards > 1 else None
     shards = placement.shard(position, expert)
     assert torch.equal(shards.bincount(), torch.full((num_shards,), len(shards) // num_shards))
+
+
+@pytest.mark.parametrize("fields", [{}, {"token_shards": 8}, {"expert_shards": 8}])
+def test_the_first_tokens_stay_at_home(fields):
+    """In the shard of the home rank that has the place of their own among its owner's."""
+    config = PiKVConfig(hash_block=1, num_sinks=2, shard_after=10, **fields)
+    near, spread = (
+        Placement.resolve(config.model_copy(update=changes), 4, rank=3)
+        for changes in ({}, {"shard_after": 0})
+    )
+    position = torch.arange(2, 40)
+    expert = position * 5 % 8 if fields.get("expert_shards") else None
+    shard, right = (placement.shard(position, expert) for placement in (near, spread))
+    assert (near.owner(shard[:10]) == 3).all() and torch.equal(shard[10:], right[10:])
+    assert torch.equal(near.local_shard(shard), near.local_shard(right))
+
+
+@pytest.mark.parametrize("shard_after", [0, 7, 30])
+@pytest.mark.parametrize("num_ranks, token_shards", [(1, 4), (2, 2), (4, 8), (3, 3)])
+def test_no_rank_fills_more_pages_than_foreseen(shard_after, num_ranks, token_shards):
+    for first in range(2, 9):
+        config = PiKVConfig(num_sinks=first, shard_after=shard_after, token_shards=token_shards,
+                            hash_block=5)
+        placement = Placement.resolve(config, num_ranks, rank=num_ranks - 1)
+        footprint = Footprint(placement, 4, 1)
+        for count in (1, 7, 8, 31, 100):
+            shard = placement.shard(torch.arange(first, first + count), None)
+            pages = shard.bincount(minlength=placement.num_shards) // 4
+            by_rank = pages.view(-1, num_ranks).sum(0)
+            assert int(by_rank.max()) <= footprint.most_pages(count)
+            is_far = bool((placement.owner(shard) != placement.rank).any())
+            assert footprint.is_far(count) or not is_far
 
 
 @pytest.mark.parametrize("fields, num_ranks, named", [

@@ -20,7 +20,9 @@ from pikv_megatron.evaluation.figures import Evaluation
 from pikv_megatron.evaluation.task import RECALL, TEXT, build_tasks
 
 LENGTH, QUESTIONS, TEXTS, BATCH_SIZE = 80, 20, 4, 3
-SIZES = dict(page_size=4, num_sinks=2, window=8, flush_interval=3, prefill_chunk_size=20)
+SIZES = dict(
+    shard_after=0, page_size=4, num_sinks=2, window=8, flush_interval=3, prefill_chunk_size=20
+)
 CACHES = {
     "lossless": SIZES,
     "quarter": dict(SIZES, selector=dict(name="budget", share=0.25)),
@@ -112,6 +114,14 @@ def test_what_is_lost_shows(evaluations):
     whole = evaluations["lossless"].allocated_bytes
     assert evaluations["four_bits"].allocated_bytes < whole
     assert evaluations["half"].allocated_bytes < whole
+
+
+def test_what_codecs_lose_is_measured_by_layer_and_head(evaluations):
+    assert torch.tensor(evaluations["lossless"].errors).abs().max() == 0
+    errors = torch.tensor(evaluations["four_bits"].errors)
+    assert errors.shape == (2, 2, 2) and (errors > 0.005).all() and (errors < 0.15).all()
+    sizes = [evaluations[name].token_bytes for name in ("lossless", "four_bits")]
+    assert sizes[1] < sizes[0] / 2.8
 
 
 def test_the_reference_keeps_the_sizes_and_loses_nothing():

@@ -12,7 +12,8 @@ from pikv_megatron.inference.sampling import sample, uniform_numbers
 
 CHUNK = 8
 PIKV = PiKVConfig(
-    page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4, prefill_chunk_size=CHUNK
+    shard_after=0, page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4,
+    prefill_chunk_size=CHUNK,
 )
 DRAWN = SamplingParams(temperature=0.8, top_k=30, seed=3)
 EARLY = [

@@ -9,7 +9,9 @@ from ranks import run_ranks
 from pikv_megatron import PiKVConfig, PiKVForCausalLM, SamplingParams, process_groups
 from pikv_megatron.inference.stopping import StopCriteria
 
-PIKV = PiKVConfig(page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
+PIKV = PiKVConfig(
+    shard_after=0, page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4
+)
 PROMPTS = [[5, 9, 2], [7] * 40, [1], [3, 1, 4, 1, 5, 9, 2, 6], [8, 8, 8, 8, 9]]
 
 
@@ -228,7 +230,7 @@ def test_a_failing_rank_ends_the_job():
 def shard_bytes(num_ranks: int) -> tuple[int, int]:
     """Bytes of a rank's pages, and of a dense cache of the same tokens."""
     with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
-        pikv = PiKVConfig(page_size=4, window=8, num_sinks=0, flush_interval=4)
+        pikv = PiKVConfig(shard_after=0, page_size=4, window=8, num_sinks=0, flush_interval=4)
         lm = PiKVForCausalLM(build(pg, pikv), pikv)
         lm.generate([[3] * 396] * 4, max_new_tokens=4)
         pools = [layer.store.pool for layer in lm.engine.context.layers.values()]

@@ -8,7 +8,7 @@ from test_methods import METHODS
 
 from pikv_megatron import PiKVConfig, PiKVForCausalLM, PiKVInferenceContext, process_groups
 
-PIKV = PiKVConfig(page_size=3, window=4, num_sinks=1, flush_interval=2)
+PIKV = PiKVConfig(shard_after=0, page_size=3, window=4, num_sinks=1, flush_interval=2)
 PROMPTS = ["5 9 2", "7 7 7 7 7 7 7 7 7 7 7 7", "3 1 4 1 5"]
 
 
@@ -36,7 +36,9 @@ def generate_with_methods(expert_parallel_size: int) -> dict[str, bool]:
         prompts = [[(7 * i + j) % (VOCAB - 1) + 1 for i in range(50)] for j in range(2)]
         texts = [" ".join(map(str, prompt)) for prompt in prompts]
         for name, fields in METHODS.items():
-            sizes = dict(page_size=4, window=4, num_sinks=1, flush_interval=2, token_shards=4)
+            sizes = dict(
+                shard_after=0, page_size=4, window=4, num_sinks=1, flush_interval=2, token_shards=4
+            )
             config = PiKVConfig(**sizes | fields)
             model = build(pg, config)
             context = PiKVInferenceContext.for_model(model, config, 4, 64)

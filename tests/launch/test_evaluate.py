@@ -15,7 +15,7 @@ from pikv_megatron.evaluation.options import parse_options
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "launch/evaluate.py"
-SIZES = "page_size: 4\nnum_sinks: 2\nwindow: 8\nflush_interval: 3\n"
+SIZES = "shard_after: 0\npage_size: 4\nnum_sinks: 2\nwindow: 8\nflush_interval: 3\n"
 SMALL = ["--length", "64", "--questions", "8", "--texts", "3"]
 
 

@@ -22,7 +22,7 @@ def fail(step):
         {{failure}}
 
 with process_groups(expert_parallel_size=2, timeout_seconds={TIMEOUT_SECONDS}) as groups:
-    pikv = PiKVConfig(page_size=2, window=2)
+    pikv = PiKVConfig(shard_after=0, page_size=2, window=2)
     engine = deepspeed.init_inference(
         PiKVForCausalLM(build(groups, pikv), pikv), dtype=torch.float32
     )

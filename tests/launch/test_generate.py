@@ -34,7 +34,7 @@ def generate(*arguments: str) -> subprocess.CompletedProcess:
 def test_greedy_tokens_are_those_of_transformers(model, tmp_path):
     output = tmp_path / "out.jsonl"
     config = tmp_path / "small_pages.yaml"  # so that tokens really leave for the other rank
-    config.write_text("page_size: 2\nnum_sinks: 1\nwindow: 3\nflush_interval: 2\n")
+    config.write_text("shard_after: 0\npage_size: 2\nnum_sinks: 1\nwindow: 3\nflush_interval: 2\n")
     run = generate(
         "--model", str(model), "--pikv", str(config), "--prompt", PROMPTS[0],
         "--prompt", PROMPTS[1], "--max-new-tokens", str(NEW_TOKENS), "--output", str(output),

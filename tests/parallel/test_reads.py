@@ -24,6 +24,7 @@ LAYOUTS = {
     "by position": dict(page_size=3, window=4, num_sinks=2, sketch="mean_key"),
     "single tokens": dict(page_size=1, window=0, hash_block=1, sketch="bounding_box"),
     "dropped": dict(page_size=2, window=3, num_sinks=1, sketch="mean_key", **DROPS),
+    "near first": dict(page_size=3, window=4, num_sinks=1, shard_after=16, sketch="mean_key"),
     "by expert": dict(page_size=4, window=3, expert_shards=4, sketch="bounding_box"),
     "replicas": dict(page_size=2, window=5, expert_shards=8, replicas=2, sketch="mean_key"),
     "replicas, dropped": dict(
@@ -161,18 +162,18 @@ def read_positions(context, s, row, count, router, selector, pages, buffers) -> 
 
 def replica_shards(context, s, position: int) -> list[int]:
     """Shards of a token, best expert first."""
-    at = torch.tensor(position)
+    at, placement = torch.tensor(position), context.placement.model_copy(update={"rank": s.home})
     if not context.keeps_experts:
-        return [int(context.placement.shard(at, None))]
+        return [int(placement.shard(at, None))]
     experts = s.experts[position, : context.keeps_experts]
-    return [int(context.placement.shard(at, expert)) for expert in experts]
+    return [int(placement.shard(at, expert)) for expert in experts]
 
 
 def check_layout(pg, name: str, dispatcher: str) -> None:
     shards = TOKEN_SHARDS.get(name)
     config = PiKVConfig(
-        flush_interval=3, dispatcher=dispatcher,
-        token_shards=shards and shards * pg.ep.size(), **LAYOUTS[name],
+        flush_interval=3, dispatcher=dispatcher, token_shards=shards and shards * pg.ep.size(),
+        **{"shard_after": 0} | LAYOUTS[name],
     )
     context = new_context(config, 2, 64, pg.ep)
     layer = context.layers[1]

@@ -49,7 +49,7 @@ def held_masses(context, layer, slot: int) -> dict:
 
 def check(pg, fields: dict, dispatcher: str) -> None:
     ranks = pg.ep.size()
-    config = PiKVConfig(token_shards=4, dispatcher=dispatcher, **KEEPS, **fields)
+    config = PiKVConfig(token_shards=4, shard_after=0, dispatcher=dispatcher, **KEEPS, **fields)
     context = new_context(config, 1, LENGTH, pg.ep if ranks > 1 else None)
     layer, home = context.layers[1], ranks - 1
     generator = torch.Generator().manual_seed(3)
@@ -113,7 +113,7 @@ def test_the_mass_held_is_the_true_mass(num_ranks):
 def test_a_slot_beyond_what_sixteen_bits_count_is_observed():
     """bfloat16 holds no integer between 256 and 258."""
     kv = SHAPE.kv._replace(dtype=torch.bfloat16)
-    config = PiKVConfig(page_size=4, window=3, num_sinks=1, retention="h2o")
+    config = PiKVConfig(shard_after=0, page_size=4, window=3, num_sinks=1, retention="h2o")
     context = PiKVInferenceContext(258, 40, config, config.resolve([SHAPE._replace(kv=kv)]))
     layer, sequence = context.layers[1], [context.start(0) for _ in range(258)][257]
     context.begin_step([[StepRow(sequence, 30)]], CPU)

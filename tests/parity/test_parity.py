@@ -18,6 +18,7 @@ def cases(draw, num_ranks: int):
     multiples = [None, num_ranks, 3 * num_ranks, 8 * num_ranks]
     token_shards = draw(st.sampled_from(powers if expert_shards > 1 else multiples))
     pikv = PiKVConfig(
+        shard_after=draw(st.sampled_from([0, 0, 3, 20])),
         page_size=draw(st.sampled_from([1, 2, 3, 8, 64])),
         token_shards=token_shards,
         expert_shards=expert_shards,

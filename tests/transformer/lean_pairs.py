@@ -8,7 +8,7 @@ from pikv_megatron import PiKVConfig, PiKVInferenceContext
 from pikv_megatron.cache.step_rows import StepRow
 from pikv_megatron.transformer.lean_moe import LeanMoELayer
 
-PIKV = PiKVConfig(page_size=4, window=3, num_sinks=1, flush_interval=2)
+PIKV = PiKVConfig(shard_after=0, page_size=4, window=3, num_sinks=1, flush_interval=2)
 
 
 def moe_pair(pg, **changes) -> tuple[MoELayer, LeanMoELayer, PiKVInferenceContext]:

@@ -11,7 +11,7 @@ from parity_models import VOCAB, build, cached_logits, config, plain_logits
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext, pikv_layer_spec
 
-PIKV = PiKVConfig(page_size=4, window=3, num_sinks=1, flush_interval=2)
+PIKV = PiKVConfig(shard_after=0, page_size=4, window=3, num_sinks=1, flush_interval=2)
 
 VARIANTS = {
     "gqa": {},

@@ -1,6 +1,6 @@
 """Builds the models and the contestants that decode with them."""
 
-from typing import Callable, Sequence
+from typing import Callable, Mapping, Sequence
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -13,9 +13,20 @@ from pikv_megatron.benchmarks.model.dense_context import (
     grouped_attention,
     sdpa_attention,
 )
-from pikv_megatron.benchmarks.model.options import GROUPED, SDPA, STOCK, BenchmarkOptions
+from pikv_megatron.benchmarks.model.options import (
+    GROUPED,
+    SDPA,
+    STOCK,
+    TRANSFORMERS,
+    BenchmarkOptions,
+)
 from pikv_megatron.benchmarks.model.pikv_decoding import PiKVContestant
+from pikv_megatron.benchmarks.model.transformers_decoding import (
+    TransformersContestant,
+    transformers_model,
+)
 from pikv_megatron.benchmarks.model.workload import Workload, random_kv
+from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.checkpoint.model_builder import build_model, identity
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.transformer.layer_specs import pikv_layer_spec
@@ -25,22 +36,35 @@ SpecTransform = Callable[[TransformerBlockSubmodules], TransformerBlockSubmodule
 
 def build_models(
     options: BenchmarkOptions, groups: ProcessGroupCollection
-) -> dict[str, GPTModel]:
-    """A model for each contestant; they share the tensors of one set of random weights."""
+) -> dict[str, torch.nn.Module]:
+    """A model for each contestant; Megatron-Core's share the tensors of one set of weights."""
     transforms = {GROUPED: dense_layer_spec, SDPA: dense_layer_spec, STOCK: identity}
     transforms |= {name: _pikv_transform(pikv) for name, pikv in options.pikv.items()}
-    models: dict[str, GPTModel] = {}
+    models: dict[str, torch.nn.Module] = {}
     for name in options.names:
-        torch.manual_seed(options.seed)
-        model = build_model(options.architecture, groups, options.dtype, transforms[name])
-        if models:
-            model.load_state_dict(models[options.names[0]].state_dict(), assign=True)
-        models[name] = model
+        models[name] = _build(options, groups, transforms, models, name)
     return models
 
 
+def _build(
+    options: BenchmarkOptions, groups: ProcessGroupCollection,
+    transforms: Mapping[str, SpecTransform], models: Mapping[str, torch.nn.Module], name: str,
+) -> torch.nn.Module:
+    """One of the models; `models` are those that were built before."""
+    first = models.get(options.names[0])
+    if name == TRANSFORMERS:
+        return transformers_model(first, options.architecture, options.checkpoint, options.dtype)
+    if first is None and options.checkpoint is not None:
+        return load_huggingface(options.checkpoint, groups, options.dtype, transforms[name])
+    torch.manual_seed(options.seed)
+    model = build_model(options.architecture, groups, options.dtype, transforms[name])
+    if first is not None:
+        model.load_state_dict(first.state_dict(), assign=True)
+    return model
+
+
 def build_contestants(
-    options: BenchmarkOptions, models: dict[str, GPTModel], workload: Workload
+    options: BenchmarkOptions, models: Mapping[str, torch.nn.Module], workload: Workload
 ) -> dict[str, Contestant]:
     """Every contestant with the workload's context in its cache."""
     kinds: dict[str, Contestant] = {
@@ -48,6 +72,8 @@ def build_contestants(
         SDPA: DenseContestant(models[SDPA], workload, sdpa_attention),
         STOCK: StockContestant(models[STOCK], workload),
     }
+    if options.beside_transformers:
+        kinds[TRANSFORMERS] = TransformersContestant(models[TRANSFORMERS], workload)
     for name, pikv in options.pikv.items():
         kinds[name] = PiKVContestant(models[name], workload, pikv)
     layers = random_kv(models[GROUPED], workload)

@@ -5,7 +5,7 @@ Legend: L tokens of the longest sequence, n sequences of this rank, ng KV heads,
 
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -20,7 +20,7 @@ class Contestant(ABC):
     """Decodes a workload token by token.
 
     Args:
-        model: built for this contestant's kind of cache; the weights are everyone's.
+        model: made for this contestant's kind of cache; the weights are everyone's.
         workload: what is cached, and how sequences are dealt over ranks.
 
     Attributes:
@@ -29,7 +29,7 @@ class Contestant(ABC):
 
     is_lossless = True
 
-    def __init__(self, model: GPTModel, workload: Workload):
+    def __init__(self, model: torch.nn.Module, workload: Workload):
         self.model = model
         self.workload = workload
         self.device = next(model.parameters()).device
@@ -42,6 +42,15 @@ class Contestant(ABC):
     @abstractmethod
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one token to every sequence [batch_size]; logits [n, vocab] of this rank's."""
+
+    def attention_bounds(self) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+        """Layer by layer, the modules between whose calls the attention lies.
+
+        It begins with a token's query, key and value, before RoPE, and ends with its output: the
+        projections on either side are the same over every cache.
+        """
+        for layer in self.model.decoder.layers:
+            yield layer.self_attention.linear_qkv, layer.self_attention.linear_proj
 
 
 class StockContestant(Contestant):

@@ -106,7 +106,8 @@ def measure(
     seconds = race.run(timed, on_step)
     with ExitStack() as stack:
         attention = {
-            name: stack.enter_context(attention_clock(models[name], clock)) for name in contestants
+            name: stack.enter_context(attention_clock(contestant, clock))
+            for name, contestant in contestants.items()
         }
         race.run(last, on_step)
     calls, differences = _count_calls(contestants, counted, on_step), race.check()

@@ -37,7 +37,7 @@ def attention_calls(contestant: Contestant, tokens: torch.Tensor) -> float:
     Args:
         tokens: [batch_size], what the sequences are fed.
     """
-    counter, model = OperatorCounter(), contestant.model
-    with around_attention(model, counter.start, counter.stop), counter:
+    counter = OperatorCounter()
+    with around_attention(contestant, counter.start, counter.stop), counter:
         contestant.step(tokens)
-    return counter.num_calls / len(model.decoder.layers)
+    return counter.num_calls / len(list(contestant.attention_bounds()))

@@ -1,6 +1,7 @@
 """The command line of `launch/benchmark.py`, checked before anything is built."""
 
 import argparse
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from pikv_megatron.benchmarks.model.caches import flush_interval, read_caches
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive, writable
 
@@ -20,7 +22,9 @@ COUNTED_STEPS = 2
 DEFAULT_CONTEXTS = 1024, 8192, 32768
 # From 16 to 8,192 tokens, each 1.5 times as long as the one before.
 DEFAULT_LENGTHS = tuple(round(16 * 512 ** (i / 15)) for i in range(16))
+DEFAULT_PROMPTS = 2048, 8192, 16384, 32768
 GROUPED, SDPA, STOCK = "dense, grouped product", "dense, SDPA", "stock Megatron"
+TRANSFORMERS = "transformers"
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,13 @@ class BenchmarkOptions:
     """What to measure; every field was checked.
 
     Attributes:
-        architecture: of the model, which gets random weights.
+        architecture: of the model.
+        checkpoint: Hugging Face directory of its weights; None: they are random.
         pikv: the caches, by name.
         contexts: tokens in the cache before the first step, one measurement each.
         lengths: the same of every sequence of a mixed batch; none: no such batch is measured.
+        prompts: tokens of prompts to time; none: no prompt is timed.
+        beside_transformers: Hugging Face's own model is a contestant, too.
         batch_size: sequences on all ranks.
         steps: timed steps, whole flush intervals.
         dtype: type of weights and caches.
@@ -42,9 +49,12 @@ class BenchmarkOptions:
     """
 
     architecture: Architecture
+    checkpoint: Path | None
     pikv: Mapping[str, PiKVConfig]
     contexts: tuple[int, ...]
     lengths: tuple[int, ...]
+    prompts: tuple[int, ...]
+    beside_transformers: bool
     batch_size: int
     steps: int
     dtype: torch.dtype
@@ -56,7 +66,8 @@ class BenchmarkOptions:
     @property
     def names(self) -> list[str]:
         """The contestants, as they are shown; the first one's logits are the reference."""
-        return [GROUPED, SDPA, *self.pikv, STOCK]
+        last = [STOCK, TRANSFORMERS] if self.beside_transformers else [STOCK]
+        return [GROUPED, SDPA, *self.pikv, *last]
 
     @property
     def flush_interval(self) -> int:
@@ -85,12 +96,16 @@ def parse_options(argv: Sequence[str], configs: Path) -> BenchmarkOptions:
         ValueError: with one line that says what is wrong.
     """
     args = _parser(configs).parse_args(argv)
-    pikv = read_caches(args.pikv, configs, (GROUPED, SDPA, STOCK))
+    pikv = read_caches(args.pikv, configs, (GROUPED, SDPA, STOCK, TRANSFORMERS))
+    is_default = args.lengths is None and args.prompts is None
     options = BenchmarkOptions(
         architecture=_read_architecture(args.model),
+        checkpoint=args.model if args.model.is_dir() else None,
         pikv=pikv,
-        contexts=tuple(args.contexts or (DEFAULT_CONTEXTS if args.lengths is None else ())),
+        contexts=tuple(args.contexts or (DEFAULT_CONTEXTS if is_default else ())),
         lengths=() if args.lengths is None else tuple(args.lengths) or DEFAULT_LENGTHS,
+        prompts=() if args.prompts is None else tuple(args.prompts) or DEFAULT_PROMPTS,
+        beside_transformers=_beside_transformers(args),
         batch_size=args.batch_size,
         steps=_steps(args.steps, flush_interval(pikv)),
         dtype=DTYPES[args.dtype],
@@ -110,14 +125,19 @@ def _parser(configs: Path) -> ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, default=configs / "model/benchmark.yaml",
-        help="YAML file of the model; default: configs/model/benchmark.yaml")
+        help="YAML file of the model, which gets random weights, or its Hugging Face directory; "
+        "default: configs/model/benchmark.yaml")
     add("--pikv", nargs="+", default=["lossless"], help="caches, each a contestant: names of "
         "presets, or YAML files of your own; default: lossless")
     add("--contexts", type=positive(int), nargs="+", help="cached tokens before the first step; "
-        "default: 1024 8192 32768, or none with --lengths")
+        "default: 1024 8192 32768, or none with --lengths or --prompts")
     add("--lengths", type=positive(int), nargs="*", help="measure a batch of sequences with so "
         "many cached tokens, and what each costs among its equals; without numbers: 16 sequences "
         "from 16 to 8192")
+    add("--prompts", type=positive(int), nargs="*", help="time prompts of so many tokens, and "
+        "measure the memory that they need; without numbers: 2048 8192 16384 32768")
+    add("--transformers", action="store_true", help="Hugging Face's transformers takes part, on "
+        "the same weights; one rank")
     add("--batch-size", type=positive(int), default=1, help="sequences on all ranks, for "
         "--contexts; default: 1")
     add("--steps", type=positive(int), help="timed steps, a multiple of flush_interval; "
@@ -143,7 +163,7 @@ seed_number.__name__ = "int"  # argparse names it in its own message
 
 def _read_architecture(path: Path) -> Architecture:
     try:
-        return Architecture.from_yaml(path)
+        return read_architecture(path) if path.is_dir() else Architecture.from_yaml(path)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"--model {path}: {error}") from error
 
@@ -169,9 +189,22 @@ def _clock(args: argparse.Namespace) -> str:
     return args.clock
 
 
+def _beside_transformers(args: argparse.Namespace) -> bool:
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if args.transformers and importlib.util.find_spec("transformers") is None:
+        raise ValueError("--transformers: the package is not installed; pip install transformers")
+    for flag, is_given in (("--transformers", args.transformers), ("--prompts", args.prompts)):
+        if is_given is not None and is_given is not False and not is_alone:
+            raise ValueError(f"{flag} is for one rank: leave out the launcher")
+    return args.transformers
+
+
 def _check_lengths(options: BenchmarkOptions) -> None:
     limits = [options.architecture, *options.pikv.values()]
     capacity = min(one.max_sequence_length for one in limits if one.max_sequence_length is not None)
+    for length in options.prompts:
+        if length > capacity:
+            raise ValueError(f"--prompts {length} exceeds max_sequence_length {capacity}")
     for flag, lengths in (("--contexts", options.contexts), ("--lengths", options.lengths)):
         for length in lengths:
             if length + options.num_steps > capacity:

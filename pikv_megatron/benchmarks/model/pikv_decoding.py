@@ -69,6 +69,16 @@ class PiKVContestant(Contestant):
         self.context.finish_step()
         return logits[0, : plan.num_tokens]
 
+    def prefill(self, prompt):
+        chunk = self.pikv.prefill_chunk_size
+        for part in prompt.to(self.device).split(chunk):
+            plan = self._begin_step([len(part)])
+            self.model(
+                part.unsqueeze(0), plan.positions.unsqueeze(0), None,
+                inference_context=self.context, runtime_gather_output=True,
+            )
+            self.context.finish_step()
+
     def _begin_step(self, counts: Sequence[int]) -> StepPlan:
         """Feed so many tokens to each sequence; to those with less than one, none."""
         num_ranks = self.workload.num_ranks

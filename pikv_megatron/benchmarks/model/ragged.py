@@ -26,7 +26,7 @@ class RaggedMeasurement:
 
     Attributes:
         lengths: cached tokens of every sequence of the mixed batch before the first step.
-        mixed_ms: time in attention layers a step, milliseconds.
+        mixed_ms: time in attention a step, milliseconds.
         even_ms: the same of a batch of as many sequences of one length, by length.
     """
 
@@ -91,13 +91,13 @@ def _batches(
 def _turns(
     options: BenchmarkOptions, batches: Mapping[tuple[int, ...], PiKVContestant]
 ) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Lengths of a batch and seconds in its attention layers, one turn after the other."""
+    """Lengths of a batch and seconds in its attention, one turn after the other."""
     first = next(iter(batches.values()))
     num_steps = options.steps + options.extra_steps
     tokens = first.workload.tokens(num_steps, options.architecture.vocab_size)
     for turn_tokens in tokens.split(options.flush_interval):
         for lengths, contestant in batches.items():
-            with attention_clock(contestant.model, CLOCKS[options.clock]) as attention:
+            with attention_clock(contestant, CLOCKS[options.clock]) as attention:
                 for step_tokens in turn_tokens:
                     contestant.step(step_tokens)
             yield lengths, attention.seconds

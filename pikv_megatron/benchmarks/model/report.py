@@ -1,25 +1,26 @@
 """The file at the end of a benchmark."""
 
 from dataclasses import asdict
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
 from pikv_megatron.benchmarks.model.measurement import Measurement, Timing
 from pikv_megatron.benchmarks.model.options import STOCK, BenchmarkOptions
 from pikv_megatron.benchmarks.model.ragged import RaggedMeasurement
+from pikv_megatron.benchmarks.model.result import BenchmarkResult
 from pikv_megatron.runtime.machine import machine
 
 
 def report_json(
-    options: BenchmarkOptions, measurements: Sequence[Measurement],
-    ragged: Mapping[str, RaggedMeasurement], command: str,
+    options: BenchmarkOptions, result: BenchmarkResult, command: str
 ) -> dict[str, Any]:
     """Every figure, and what is needed to measure it again."""
     return {
         "command": command,
         "machine": machine(),
         "model": options.architecture.model_dump(mode="json"),
+        "weights": "random" if options.checkpoint is None else str(options.checkpoint),
         "pikv": {name: pikv.model_dump(mode="json") for name, pikv in options.pikv.items()},
         "dtype": str(options.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
@@ -27,8 +28,12 @@ def report_json(
         "steps": options.steps,
         "clock": options.clock,
         "seed": options.seed,
-        "results": [_result(options, measurement) for measurement in measurements],
-        "mixed_batch": {name: _mixed_batch(measured) for name, measured in ragged.items()},
+        "collective_latency_ms": result.latency_ms,
+        "results": [_result(options, measurement) for measurement in result.measurements],
+        "mixed_batch": {name: _mixed_batch(own) for name, own in result.ragged.items()},
+        "prompts": [
+            {name: asdict(own) for name, own in by_name.items()} for by_name in result.prefills
+        ],
     }
 
 

@@ -5,22 +5,27 @@ from typing import Mapping, Sequence
 from rich.table import Table
 
 from pikv_megatron.benchmarks.model.measurement import Measurement, Timing
-from pikv_megatron.benchmarks.model.options import STOCK, BenchmarkOptions
+from pikv_megatron.benchmarks.model.options import STOCK, TRANSFORMERS, BenchmarkOptions
+from pikv_megatron.benchmarks.model.prefill import PrefillMeasurement
 from pikv_megatron.benchmarks.model.ragged import RaggedMeasurement
+from pikv_megatron.benchmarks.model.result import BenchmarkResult
 
 UNITS = {"wall": "milliseconds", "cpu": "milliseconds of processor time"}
 
 
-def report_tables(
-    options: BenchmarkOptions, measurements: Sequence[Measurement],
-    ragged: Mapping[str, RaggedMeasurement],
-) -> list[Table]:
+def report_tables(options: BenchmarkOptions, result: BenchmarkResult) -> list[Table]:
     """Those of what was measured."""
-    tables = [_times(options, measurements), _ratios(options, measurements)] if measurements else []
-    return tables + ([_mixed_batch(options, ragged)] if ragged else [])
+    tables = []
+    if result.measurements:
+        tables += [_times(options, result), _ratios(options, result.measurements)]
+    if result.ragged:
+        tables.append(_mixed_batch(options, result.ragged))
+    if result.prefills:
+        tables.append(_prefills(options, result.prefills))
+    return tables
 
 
-def _times(options: BenchmarkOptions, measurements: Sequence[Measurement]) -> Table:
+def _times(options: BenchmarkOptions, result: BenchmarkResult) -> Table:
     table = _table(
         f"{UNITS[options.clock]} per decode step: mean (median) of {options.steps}",
         "step", "in\nattention", "operator\ncalls", "difference",
@@ -30,7 +35,11 @@ def _times(options: BenchmarkOptions, measurements: Sequence[Measurement]) -> Ta
         "calls: torch operators that it calls a layer in a step without a flush; difference: of "
         "the logits from the first contestant's, as a share of the largest"
     )
-    for measurement in measurements:
+    if result.latency_ms is not None:
+        table.caption += (
+            f". A collective that carries nothing takes {result.latency_ms:.2f} milliseconds"
+        )
+    for measurement in result.measurements:
         for name, timing in measurement.timings.items():
             table.add_row(f"{measurement.context_len:,}", name, *_cells(timing))
         table.add_section()
@@ -48,6 +57,7 @@ def _ratios(options: BenchmarkOptions, measurements: Sequence[Measurement]) -> T
     table = _table(
         "how many times as fast PiKV is: mean (median)",
         "dense\n/ PiKV", "in\nattention", "lossless\n/ PiKV", "in\nattention", "stock\n/ PiKV",
+        *(["transformers\n/ PiKV"] if options.beside_transformers else []),
     )
     table.caption = "dense: the faster of the two"
     for measurement in measurements:
@@ -56,8 +66,10 @@ def _ratios(options: BenchmarkOptions, measurements: Sequence[Measurement]) -> T
             pairs = [*_pair(measurement.than_dense(name)), "", ""]
             if lossless is not None and name != lossless:
                 pairs[2:] = _pair(measurement.times_as_fast(name, lossless))
-            stock = _pair(measurement.times_as_fast(name, STOCK))[0]
-            table.add_row(f"{measurement.context_len:,}", name, *pairs, stock)
+            pairs += [_pair(measurement.times_as_fast(name, STOCK))[0]]
+            if options.beside_transformers:
+                pairs += [_pair(measurement.times_as_fast(name, TRANSFORMERS))[0]]
+            table.add_row(f"{measurement.context_len:,}", name, *pairs)
         table.add_section()
     return table
 
@@ -84,6 +96,39 @@ def _mixed_batch(
         figures = measured.mixed_ms, measured.parts_ms, measured.mixed_over_parts
         table.add_row(cached, name, *(f"{figure:.2f}" for figure in figures))
     return table
+
+
+def _prefills(
+    options: BenchmarkOptions, prefills: Sequence[Mapping[str, PrefillMeasurement]]
+) -> Table:
+    columns = ["seconds", "tokens / s", "MiB at\nonce"]
+    if options.beside_transformers:
+        columns += ["transformers\n/ PiKV", "PiKV MiB /\ntransformers"]
+    table = _table("prompts: the fastest of several runs", *columns)
+    table.caption = "MiB at once: the most memory besides what was held before, cache included"
+    for by_name in prefills:
+        for name, own in by_name.items():
+            table.add_row(f"{own.prompt_len:,}", name, *_prefill_cells(own, by_name))
+        table.add_section()
+    return table
+
+
+def _prefill_cells(
+    own: PrefillMeasurement, by_name: Mapping[str, PrefillMeasurement]
+) -> list[str]:
+    cells = [
+        f"{own.seconds:.3f}", f"{own.prompt_len / own.seconds:,.0f}", _mebibytes(own.peak_bytes)
+    ]
+    other = by_name.get(TRANSFORMERS)
+    if other is not None and other is not own:
+        cells.append(f"{other.seconds / own.seconds:.2f}")
+        if own.peak_bytes is not None and other.peak_bytes:
+            cells.append(f"{own.peak_bytes / other.peak_bytes:.2f}")
+    return cells
+
+
+def _mebibytes(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / 2**20:,.0f}"
 
 
 def _table(title: str, *columns: str) -> Table:

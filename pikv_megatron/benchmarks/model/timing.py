@@ -6,7 +6,6 @@ from typing import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.benchmarks.model.decoding import Contestant
 
@@ -110,27 +109,23 @@ class AttentionClock:
 
 
 @contextmanager
-def attention_clock(model: GPTModel, clock: Clock) -> Iterator[AttentionClock]:
-    """Time a model's attention for the length of a `with` block."""
+def attention_clock(contestant: Contestant, clock: Clock) -> Iterator[AttentionClock]:
+    """Time a contestant's attention for the length of a `with` block."""
     attention = AttentionClock(clock)
-    with around_attention(model, attention.start, attention.stop):
+    with around_attention(contestant, attention.start, attention.stop):
         yield attention
 
 
 @contextmanager
 def around_attention(
-    model: GPTModel, before: Callable[[], None], after: Callable[[], None]
+    contestant: Contestant, before: Callable[[], None], after: Callable[[], None]
 ) -> Iterator[None]:
-    """Call two functions before and after each layer's attention for the length of a `with` block.
-
-    It begins with a token's query, key and value, before RoPE, and ends with its output: the
-    projections on either side are the same over every cache.
-    """
+    """Call two functions before and after each layer's attention for the length of a `with` block:
+    see `Contestant.attention_bounds`."""
     hooks = []
-    for layer in model.decoder.layers:
-        attention = layer.self_attention
-        hooks.append(attention.linear_qkv.register_forward_hook(lambda *args: before()))
-        hooks.append(attention.linear_proj.register_forward_pre_hook(lambda *args: after()))
+    for first, last in contestant.attention_bounds():
+        hooks.append(first.register_forward_hook(lambda *args: before()))
+        hooks.append(last.register_forward_pre_hook(lambda *args: after()))
     try:
         yield
     finally:

@@ -8,33 +8,54 @@ width, r_k and r_v stored widths.
 """
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 
+from pikv_megatron.codec.transform.moments import KVMoments
 from pikv_megatron.options import Options
 from pikv_megatron.types import KVShape
 
 
+class Ageing(NamedTuple):
+    """How older pages of a shard are pooled.
+
+    Attributes:
+        young: pages of each level that stay as they are.
+        levels: times that a page is pooled, at most.
+    """
+
+    young: int
+    levels: int
+
+    def most(self, num_pages: int, num_shards: int) -> int:
+        """Most pages that are left of so many in so many shards."""
+        waiting = num_shards * self.levels * (self.young + 1)
+        return min(num_pages, waiting + num_shards + (num_pages >> self.levels))
+
+
 class KVTransform(ABC):
-    """A way to store keys and values in other widths, for each sequence by itself.
+    """A way to store keys and values in other widths.
 
     Attributes:
         key_width: r_k.
         value_width: r_v.
+        pooled: neighbours that are stored as one token.
+        learns: it has to be fitted.
     """
 
     key_width: int
     value_width: int
+    pooled: int = 1
+    learns: bool = False
 
-    @abstractmethod
     def is_fitted(self, slot: int) -> bool:
         """Whether `fit` has nothing to do for a sequence."""
+        return True
 
-    @abstractmethod
     def fit(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Learn from the tokens [ng, t, hn] of a sequence's first pages, before they are stored."""
 
-    @abstractmethod
     def forget(self, slot: int) -> None:
         """The sequence ended."""
 
@@ -42,7 +63,8 @@ class KVTransform(ABC):
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages [ng, c, S, hn] of the sequences `slots` [c] -> [ng, c, S, r_k], [ng, c, S, r_v]."""
+        """Pages [ng, c, S, hn] of the sequences `slots` [c] -> [ng, c, S / pooled, r_k] and
+        [ng, c, S / pooled, r_v]."""
 
     @abstractmethod
     def decode(
@@ -53,7 +75,7 @@ class KVTransform(ABC):
     @abstractmethod
     def absorb(
         self, query: torch.Tensor, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query [n, sq, np, hn] of the sequences `slots` [n] -> [n, sq, np, r_k], and what is to
         be added to its logits over them, [n, sq, np], float32, not yet scaled."""
 
@@ -61,14 +83,25 @@ class KVTransform(ABC):
     def emit(self, out: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Output over encoded values [n, sq, np, r_v] -> [n, sq, np, hn]."""
 
-    @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
         """What is kept besides the pages."""
+        return []
 
 
 class TransformOptions(Options):
     """Parameters of a transform."""
 
+    @property
+    def ageing(self) -> Ageing | None:
+        """How older pages are pooled; None: they are not."""
+        return None
+
     @abstractmethod
-    def build(self, kv: KVShape, num_slots: int) -> KVTransform | None:
-        """The transform of a layer, for `num_slots` sequences; None stores tokens as computed."""
+    def build(
+        self, kv: KVShape, num_slots: int, moments: KVMoments | None = None
+    ) -> KVTransform | None:
+        """The transform of a layer, for `num_slots` sequences; None stores tokens as computed.
+
+        Args:
+            moments: of the layer's keys and values, where it was calibrated.
+        """

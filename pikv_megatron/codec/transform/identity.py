@@ -10,5 +10,5 @@ class IdentityOptions(TransformOptions):
 
     name: Literal["identity"] = "identity"
 
-    def build(self, kv, num_slots):
+    def build(self, kv, num_slots, moments=None):
         return None

@@ -1,0 +1,126 @@
+"""The command lines of `launch/calibrate.py` and `launch/allocate.py`, checked before anything is
+loaded."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Sequence
+
+import torch
+
+from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
+from pikv_megatron.checkpoint.huggingface_config import read_architecture
+from pikv_megatron.checkpoint.tokenizer import Tokenizer
+from pikv_megatron.config import PiKVConfig
+from pikv_megatron.demo.corpus import stdlib_sources
+from pikv_megatron.evaluation.options import read_cache
+from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive, writable
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What to calibrate with; every field was checked.
+
+    Attributes:
+        model: a Hugging Face directory.
+        architecture: what its `config.json` describes.
+        ids: [windows, length], int64, windows of the text.
+        dtype: type of weights and caches.
+        output: the file to write.
+        pikv: the cache whose pages are to be filled, where there is one.
+        budget: bytes of a token in pages, all layers together; None: no budget is to be spent.
+    """
+
+    model: Path
+    architecture: Architecture
+    ids: torch.Tensor
+    dtype: torch.dtype
+    output: Path
+    pikv: PiKVConfig = PiKVConfig()
+    budget: int | None = None
+
+
+def parse_options(argv: Sequence[str]) -> CalibrateOptions:
+    """Read the command line of `launch/calibrate.py` and the text.
+
+    Raises:
+        ValueError: with one line that says what is wrong.
+    """
+    parser = ArgumentParser("Sum up what keys, values and queries are like on a text")
+    _add_common(parser, num_windows=64)
+    return _options(parser.parse_args(argv))
+
+
+def parse_allocation(argv: Sequence[str]) -> CalibrateOptions:
+    """Read the command line of `launch/allocate.py` and the text.
+
+    Raises:
+        ValueError: with one line that says what is wrong.
+    """
+    parser = ArgumentParser("Choose the codec of every layer for a budget of bytes a token")
+    _add_common(parser, num_windows=4)
+    parser.add_argument("--pikv", required=True, metavar="FILE",
+                        help="YAML file of a cache, or name of a preset, without a codec")
+    parser.add_argument("--bytes", type=positive(int), required=True,
+                        help="of a token in pages, all layers of a rank together")
+    args = parser.parse_args(argv)
+    options = replace(_options(args), pikv=read_cache(args.pikv), budget=args.bytes)
+    if options.pikv.layers:
+        raise ValueError(f"--pikv {args.pikv}: layers are to be chosen; leave them out")
+    return options
+
+
+def _options(args) -> CalibrateOptions:
+    if not args.model.is_dir():
+        raise ValueError(f"--model {args.model}: there is no such directory")
+    architecture = read_architecture(args.model)
+    if args.length > architecture.max_sequence_length:
+        raise ValueError(
+            f"--length {args.length} exceeds the model's longest sequence, "
+            f"{architecture.max_sequence_length}"
+        )
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.windows % num_ranks:
+        raise ValueError(
+            f"--windows {args.windows} must be a multiple of the {num_ranks} ranks that were "
+            "launched"
+        )
+    files = args.text or stdlib_sources(held_out=False)
+    ids = _windows(files, Tokenizer.from_directory(args.model), args.windows, args.length)
+    return CalibrateOptions(
+        args.model, architecture, ids, DTYPES[args.dtype], writable(args.output)
+    )
+
+
+def _add_common(parser: ArgumentParser, num_windows: int) -> None:
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="Hugging Face directory")
+    add("--output", type=Path, required=True, help="the file to write")
+    add("--text", type=Path, nargs="+", metavar="FILE",
+        help="texts; default: sources of Python's standard library")
+    add("--length", type=positive(int), default=1024, help="tokens of a window; default: 1024")
+    add("--windows", type=positive(int), default=num_windows, help="of text; default: %(default)s")
+    add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
+
+
+def _windows(
+    files: Sequence[Path], tokenizer: Tokenizer, num_windows: int, length: int
+) -> torch.Tensor:
+    """Beginnings of files, one after the other until there are enough."""
+    windows: list[list[int]] = []
+    pending: list[int] = []
+    share = 4 * num_windows // max(1, len(files)) + 1  # of a file, so that many are seen
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--text {path}: cannot read it: {error}") from error
+        pending += tokenizer.encode(text)[: share * length]
+        while len(pending) >= length and len(windows) < num_windows:
+            windows.append(pending[:length])
+            pending = pending[length:]
+        if len(windows) == num_windows:
+            return torch.tensor(windows)
+    raise ValueError(
+        f"--windows {num_windows}: the text has {len(windows)} windows of {length} tokens only"
+    )

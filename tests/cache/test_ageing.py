@@ -1,0 +1,66 @@
+"""Older pages become one, two by two, and stand for as many tokens as before."""
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import given, settings
+from test_shard_store import MAX_PAGES, PLACEMENT, block, count_tokens, new_store
+
+from pikv_megatron.cache.owner_reads import OwnerReads
+from pikv_megatron.cache.placement import Placement
+
+SLOTS = torch.tensor([0, 1])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    page_size=st.sampled_from([2, 4, 6]), level=st.integers(0, 1), young=st.integers(1, 3),
+    levels=st.integers(1, 3), counts=st.lists(st.integers(0, 60), min_size=1, max_size=6),
+    retention=st.sampled_from(["all", "h2o"]),
+)
+def test_every_token_counts_once_and_means_stay(
+    page_size, level, young, levels, counts, retention
+):
+    """Without a query, attention is the mean of all values: pooling does not change it."""
+    transform = {"name": "pyramidkv", "level": level, "young": young, "levels": levels}
+    store = new_store(
+        PLACEMENT, page_size, num_slots=2, codec={"transform": transform}, retention=retention
+    )
+    values, first = [], 0
+    for count in counts:
+        position = torch.arange(first, first + count)
+        tokens = block(torch.zeros_like(position), position, PLACEMENT)
+        store.insert(tokens)
+        values.append(tokens.values[:, PLACEMENT.owner(tokens.shard) == PLACEMENT.rank])
+        for drop in store.age(SLOTS, MAX_PAGES):
+            assert drop.shape == (2, MAX_PAGES) and not drop[1].any()
+        store.check_integrity()
+        first += count
+    whole = torch.cat(values, dim=1)
+    if not whole.shape[1]:
+        return
+    counted = count_tokens(store, 4)
+    torch.testing.assert_close(counted, torch.full((4,), float(whole.shape[1])), rtol=1e-4, atol=0)
+    reads = OwnerReads(torch.tensor([0]), MAX_PAGES, (0,))
+    out = store.attend(torch.zeros(1, 1, 4, 8), reads, []).out[0, 0]
+    mean = whole.mean(1).repeat_interleave(2, dim=0)
+    torch.testing.assert_close(out, mean, rtol=1e-3, atol=1e-3)
+    sealed, kept = int(store.ledger.num_pages[0]), int(store.table.count[0])
+    assert kept <= store._codec.ageing.most(sealed, store._shards) <= sealed
+
+
+def test_the_oldest_are_pooled_first_and_level_by_level():
+    """Nine pages, one young one of each level: (0 1 2 3) (4 5) (6 7) 8."""
+    placement = Placement(token_shards=1, expert_shards=1, hash_block=3, num_ranks=1, rank=0)
+    transform = {"name": "pyramidkv", "level": 0, "young": 1, "levels": 3}
+    store = new_store(placement, 2, codec={"transform": transform})
+    position = torch.arange(18)
+    store.insert(block(torch.zeros_like(position), position, placement))
+    store.age(torch.tensor([0]), MAX_PAGES)
+    pages = store.table.pages_of(0)
+    stood_for = store.pool.kv.log_multiplicity[pages].exp().round().int().tolist()
+    assert stood_for == [4, 2, 2, 1]
+    newest = store.pool.position[pages, -1].tolist()
+    assert newest == sorted(newest) and newest[-1] == 17
+    store.release(0)
+    store.check_integrity()
+    assert not store.table.count.any()
