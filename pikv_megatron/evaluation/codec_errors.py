@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.transformer.context import PiKVInferenceContext
 
 
@@ -18,18 +19,19 @@ class CodecErrors:
         context: its stores are observed.
 
     Attributes:
-        lost: [layers with pages, 2, ng], float64, squared error of keys and of values, summed.
+        lost: [layers, 2, ng], float64, squared error of keys and of values, summed.
         whole: likewise, their squares.
     """
 
     def __init__(self, context: PiKVInferenceContext):
-        self._stores = [layer.store for layer in context.sharded_layers]
-        num_groups = self._stores[0].pool.kv.keys.shape[0]
-        device = self._stores[0].table.count.device
+        layers = list(context.layers.values())
+        # A layer with a sliding window has no pages, and loses nothing.
+        self._stores = {i: x.store for i, x in enumerate(layers) if isinstance(x, LayerCache)}
+        kv = layers[0].spec.kv
         self.lost, self.whole = torch.zeros(
-            2, len(self._stores), 2, num_groups, dtype=torch.float64, device=device
+            2, len(layers), 2, kv.num_groups, dtype=torch.float64, device=kv.device
         )
-        for index, store in enumerate(self._stores):
+        for index, store in self._stores.items():
             store.on_seal = partial(self._compare, index)
 
     def relative(self) -> Tensor:

@@ -94,7 +94,7 @@ class Evaluator:
 
 
 def _token_bytes(context: PiKVInferenceContext) -> float:
-    """Of the pools of all layers, for a token that they have room for."""
+    """Of the pools of all layers that have any, for a token that they have room for."""
     total = 0.0
     for layer in context.sharded_layers:
         pool = layer.store.pool
