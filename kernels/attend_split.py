@@ -38,14 +38,15 @@ def attend_split(
     """One split of the pages of one sequence, for a block of the rows of one KV head.
 
     A tile has BLOCK_N lanes: TILE_PAGES small pages side by side, or one of the TILES tiles of a
-    large page. A lane is a token in each plane. So pages begin and end with tiles, and a page's log-sum-exp is a reduction of
-    the tile over its last dimension. Every product accumulates in float32, and its sum over tiles
-    in a float32 accumulator, so that digits do not run out in long contexts.
+    large page. A lane is a token in each plane. So pages begin and end with tiles, and a page's
+    log-sum-exp is a reduction of the tile over its last dimension. Every product accumulates in
+    float32, and its sum over tiles in a float32 accumulator, so that digits do not run out in long
+    contexts.
 
     Example:
-        S = ROWS = 3, BLOCK_N = 16: a page takes 4 lanes, the last one empty, and TILE_PAGES = 4. Lane
-        9 is row 9 % 4 = 1 of the tile's page 9 // 4 = 2. With g = 4 and sq = 2, row 6 of the block
-        is query token 6 // 4 = 1 and head 6 % 4 = 2 of the group.
+        S = ROWS = 3, BLOCK_N = 16: a page takes 4 lanes, the last one empty, and TILE_PAGES = 4.
+        Lane 9 is row 9 % 4 = 1 of the tile's page 9 // 4 = 2. With g = 4 and sq = 2, row 6 of the
+        block is query token 6 // 4 = 1 and head 6 % 4 = 2 of the group.
 
         Keys of 4 bits, values of 2, S = 16: P = 4, ROWS = 4. Row 1 of values has the tokens 1, 5,
         9, 13; of keys, row 1 has 1 and 9, row 5 has 5 and 13: KEY_LOADS = 2, VALUE_LOADS = 1.

@@ -35,18 +35,19 @@ def main() -> int:
         options = parse_allocation(sys.argv[1:])
         use_device()
         with redirect_stdout(sys.stderr):  # DeepSpeed prints what it builds
-            chosen = choose(options)
+            numbers, chosen = choose(options)
     except ValueError as error:
         return refuse(error)
     total = sum(choice.num_bytes for choice in chosen)
-    layers = list(zip(chosen[::2], chosen[1::2]))
-    for number, (keys, values) in enumerate(layers):
-        print(f"layer {number}: keys {_said(keys, 'key_rank')}, values {_said(values, 'value_rank')}")
+    layers = list(zip(numbers, chosen[::2], chosen[1::2]))
+    for number, keys, values in layers:
+        said = _said(keys, "key_rank"), _said(values, "value_rank")
+        print(f"layer {number}: keys {said[0]}, values {said[1]}")
     print(f"{total} bytes a token, of {options.budget}")
     fields = options.pikv.model_dump(mode="json", exclude_unset=True)
     fields["layers"] = [
         {"match": str(number), "codec": codec_fields(keys.fields, values.fields)}
-        for number, (keys, values) in enumerate(layers)
+        for number, keys, values in layers
     ]
     options.output.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
     return 0
@@ -59,8 +60,8 @@ def _said(choice: Choice, rank: str) -> str:
     )
 
 
-def choose(options: CalibrateOptions) -> list[Choice]:
-    """Keys, then values, of layer after layer."""
+def choose(options: CalibrateOptions) -> tuple[list[int], list[Choice]]:
+    """Layers that have pages, from 0, and what is chosen for keys and values of each in turn."""
     groups = init_process_groups(expert_parallel_size=1)
     model = load_huggingface(
         options.model, groups, options.dtype,
@@ -70,18 +71,19 @@ def choose(options: CalibrateOptions) -> list[Choice]:
     pikv = options.pikv.model_copy(update={"prefill_chunk_size": length})
     context = PiKVInferenceContext.for_model(model, pikv, 1, length)
     forcing = TeacherForcing(model, context, options.architecture.vocab_size, lambda: None)
-    samples: dict[int, list[LayerSample]] = {number: [] for number in context.layers}
-    for number, layer in context.layers.items():
-        layer.on_attend = lambda *states, kept=samples[number], scale=layer.spec.softmax_scale: (
+    layers = context.sharded_layers
+    samples: list[list[LayerSample]] = [[] for _ in layers]
+    for layer, kept in zip(layers, samples):
+        layer.on_attend = lambda *states, kept=kept, scale=layer.spec.softmax_scale: (
             kept.append(LayerSample.of(*states, scale))
         )
     for ids in options.ids.split(1):
         forcing.logits(Task(ids, torch.ones(1, 1, dtype=torch.bool)))
     found = [
-        menu for number, layer in context.layers.items()
-        for menu in layer_menus(samples[number], layer.spec, pikv.page_size)
+        menu for layer, kept in zip(layers, samples)
+        for menu in layer_menus(kept, layer.spec, pikv.page_size)
     ]
-    return allocate(found, options.budget)
+    return [layer.spec.number - 1 for layer in layers], allocate(found, options.budget)
 
 
 if __name__ == "__main__":

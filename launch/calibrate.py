@@ -46,7 +46,7 @@ def main() -> int:
     return 0
 
 
-def calibrate(options: CalibrateOptions) -> list[KVMoments]:
+def calibrate(options: CalibrateOptions) -> dict[int, KVMoments]:
     """Feed the windows, a batch of one a rank at a time."""
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     groups = init_process_groups(expert_parallel_size=num_ranks)

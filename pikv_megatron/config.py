@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal, Sequence
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, ValidationError, model_validator
 
 from pikv_megatron.codec.calibration import load_moments
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
@@ -31,6 +31,8 @@ class PiKVConfig(LayerOptions):
         prefill_chunk_size: prompt tokens that a home rank feeds in one forward pass.
         dispatcher: how queries and KV travel between ranks.
         max_sequence_length: capacity, tokens a sequence; None: the model's maximum.
+        memory_limit: bytes of a rank's cache, `12 GiB` say; more is refused before anything is
+            computed. None: no limit.
         lean_experts: whether a step runs only the MoE experts that got a token.
         calibration: a file of `launch/calibrate.py` that transforms are fitted to; None: they
             learn from every sequence's first pages.
@@ -51,6 +53,7 @@ class PiKVConfig(LayerOptions):
     prefill_chunk_size: int = Field(1024, ge=1)
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     max_sequence_length: int | None = Field(None, ge=1)
+    memory_limit: ByteSize | None = Field(None, ge=1)
     lean_experts: bool = True
     calibration: Path | None = None
     layers: tuple[LayerOverride, ...] = ()
@@ -114,14 +117,16 @@ class PiKVConfig(LayerOptions):
                 )
         moments = [None] * len(layers)
         if self.calibration is not None:
-            moments = load_moments(self.calibration, [shape.kv for shape in layers])
+            moments = load_moments(self.calibration, [
+                shape.kv if shape.sliding_window is None else None for shape in layers
+            ])
         specs = tuple(
             LayerSpec(
                 number + 1, *shape, self._options_of(number, len(layers)), moments[number]
             )
             for number, shape in enumerate(layers)
         )
-        for spec in {spec[1:5]: spec for spec in specs}.values():
+        for spec in {spec[1:6]: spec for spec in specs}.values():
             spec.options.sketch.build(spec.kv, self.page_size, 0)
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
             if (codec.pooled > 1 or codec.ageing is not None) and self.replicas > 1:

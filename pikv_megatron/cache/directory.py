@@ -16,7 +16,7 @@ from pikv_megatron.cache.page_table import PageTable
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.cache.widen import widen, widen_fields
+from pikv_megatron.cache.widen import growth_bytes, widen, widen_fields
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.attend_means import attend_means
 from pikv_megatron.relevance import Ask
@@ -77,6 +77,13 @@ class PageDirectory:
             self.shard = widen(self.shard, missing, 0)
             if self._mean_value is not None:
                 self._mean_value = widen(self._mean_value, missing, 1)
+
+    def growth_bytes(self, num_pages: int) -> int:
+        """What `reserve` would allocate."""
+        missing, size = self._free.missing(num_pages), len(self.shard)
+        by_page = [t for t in self.sketch if isinstance(t, torch.Tensor)]
+        by_page += [self.shard, self._mean_value]
+        return growth_bytes(by_page, size, missing) + self._free.growth_bytes(missing)
 
     def note(self, block: TokenBlock) -> None:
         """Take down tokens that leave for their shards; `slot` counts over the whole group."""

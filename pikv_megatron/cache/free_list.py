@@ -27,6 +27,10 @@ class FreeList:
             self._free_at_least = self.num_free
         return max(0, count - self._free_at_least)
 
+    def growth_bytes(self, count: int) -> int:
+        """What `count` more pages take here."""
+        return count * self._free.element_size()
+
     def add(self, count: int) -> None:
         """Add pages `num_pages` to `num_pages + count - 1`."""
         free = self.pages()

@@ -135,6 +135,11 @@ class LayerCache:
         if self.directory is not None:
             self.directory.reserve(num_noted)
 
+    def growth_bytes(self, num_owned: int, num_noted: int) -> int:
+        """What `reserve` would allocate."""
+        noted = 0 if self.directory is None else self.directory.growth_bytes(num_noted)
+        return self.store.growth_bytes(num_owned) + noted
+
     def release(self, slot: int, window_slot: int | None) -> None:
         """Give back what a sequence holds here; `window_slot` is None where it is not at home."""
         self.store.release(slot)

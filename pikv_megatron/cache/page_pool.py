@@ -3,7 +3,7 @@
 import torch
 
 from pikv_megatron.cache.free_list import FreeList
-from pikv_megatron.cache.widen import widen, widen_fields
+from pikv_megatron.cache.widen import growth_bytes, widen, widen_fields
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.types import KVPages
 
@@ -47,6 +47,14 @@ class PagePool:
             self.earlier_shards = widen(self.earlier_shards, missing, 0)
         return missing
 
+    def growth_bytes(self, count: int) -> int:
+        """What `reserve` would allocate."""
+        missing = self.free.missing(count)
+        own = growth_bytes(self._by_page(), self.null_page + 1, missing)
+        return own + self.free.growth_bytes(missing)
+
     def tensors(self) -> list[torch.Tensor]:
-        every = [*self.kv, self.position, self.shard, self.earlier_shards]
-        return [t for t in every if t is not None] + self.free.tensors()
+        return [t for t in self._by_page() if t is not None] + self.free.tensors()
+
+    def _by_page(self) -> list[torch.Tensor | None]:
+        return [*self.kv, self.position, self.shard, self.earlier_shards]

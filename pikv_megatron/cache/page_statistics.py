@@ -13,7 +13,7 @@ pool.
 import torch
 import torch.nn.functional as F
 
-from pikv_megatron.cache.widen import widen
+from pikv_megatron.cache.widen import growth_bytes, widen
 
 
 class PageStatistics:
@@ -60,6 +60,10 @@ class PageStatistics:
         )
         if self.uses is not None:
             self.last_used, self.uses = (widen(t, count, 0) for t in (self.last_used, self.uses))
+
+    def growth_bytes(self, count: int) -> int:
+        """What `widen` would allocate."""
+        return growth_bytes((self.mass, self.seen), len(self.seen), count)
 
     def start(self, pages: torch.Tensor) -> None:
         """Pages [c] were sealed."""

@@ -79,6 +79,13 @@ class ShardStore:
         if grown and self.statistics is not None:
             self.statistics.widen(grown)
 
+    def growth_bytes(self, num_pages: int) -> int:
+        """What `reserve` would allocate."""
+        own = self.pool.growth_bytes(num_pages)
+        if self.statistics is None:
+            return own
+        return own + self.statistics.growth_bytes(self.pool.free.missing(num_pages))
+
     def num_columns(self, most_pages: int) -> int:
         """At least the pages that a sequence has here between two flushes, where it has filled at
         most so many."""

@@ -1,5 +1,6 @@
 """Pools that grow: new pages come before the last one, the null page."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -16,6 +17,11 @@ def widen(pool: torch.Tensor, count: int, dim: int) -> torch.Tensor:
     wide.narrow(dim, 0, size - 1).copy_(pool.narrow(dim, 0, size - 1))
     wide.narrow(dim, size + count - 1, 1).copy_(pool.narrow(dim, size - 1, 1))
     return wide
+
+
+def growth_bytes(tensors: Iterable[torch.Tensor | None], size: int, count: int) -> int:
+    """What `count` more entries take, of tensors that have `size` each."""
+    return count * sum(t.nbytes // size for t in tensors if t is not None)
 
 
 def widen_fields(pool: Fields, count: int) -> Fields:

@@ -13,7 +13,7 @@ from pikv_megatron.transformer.context import PiKVInferenceContext
 
 
 class MomentCollector:
-    """Listens to every layer of a context, on every rank of its group.
+    """Listens to every layer of a context that has pages, on every rank of its group.
 
     Args:
         context: whose layers attend.
@@ -22,15 +22,15 @@ class MomentCollector:
 
     def __init__(self, context: PiKVInferenceContext, model: GPTModel):
         self._group = context.ep_group
-        self._layers = [
-            _LayerSums(layer.self_attention) for layer in model.decoder.layers
-        ]
-        for number, sums in enumerate(self._layers, start=1):
-            context.layers[number].on_attend = sums.add
+        self._layers: dict[int, _LayerSums] = {}
+        for layer in context.sharded_layers:
+            number = layer.spec.number - 1
+            self._layers[number] = _LayerSums(model.decoder.layers[number].self_attention)
+            layer.on_attend = self._layers[number].add
 
-    def moments(self) -> list[KVMoments]:
-        """Of every layer, all ranks together."""
-        return [sums.moments(self._group) for sums in self._layers]
+    def moments(self) -> dict[int, KVMoments]:
+        """Of every layer that has pages, by its number from 0, all ranks together."""
+        return {number: sums.moments(self._group) for number, sums in self._layers.items()}
 
 
 class _LayerSums:

@@ -111,8 +111,13 @@ def global_name(parameter: str, first_expert: int) -> str:
 
 def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint fills: the parameters, and the biases by which experts are chosen."""
-    biases = ((n, b) for n, b in model.named_buffers() if n.endswith("router.expert_bias"))
-    return {**dict(model.named_parameters()), **dict(biases)}
+    return {**dict(model.named_parameters()), **expert_biases(model)}
+
+
+def expert_biases(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The biases by which experts are chosen, float32 in every model."""
+    buffers = model.named_buffers()
+    return {name: buffer for name, buffer in buffers if name.endswith("router.expert_bias")}
 
 
 def _plain(name: str, shape: tuple[int, ...], tp_axis: int | None = None) -> Slot:

@@ -4,7 +4,7 @@ It knows nothing of ranks and methods, so one file serves every transform.
 """
 
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -14,10 +14,10 @@ from pikv_megatron.codec.transform.moments import KVMoments, Moments
 from pikv_megatron.types import KVShape
 
 
-def save_moments(path: Path, layers: Sequence[KVMoments]) -> None:
-    """Write the moments of all layers, in order."""
+def save_moments(path: Path, layers: Mapping[int, KVMoments]) -> None:
+    """Write the moments of layers by their numbers, from 0."""
     tensors = {}
-    for number, layer in enumerate(layers):
+    for number, layer in layers.items():
         for side, moments in layer._asdict().items():
             parts = moments._replace(count=torch.tensor(moments.count))._asdict()
             tensors |= {
@@ -27,8 +27,11 @@ def save_moments(path: Path, layers: Sequence[KVMoments]) -> None:
     save_file(tensors, path)
 
 
-def load_moments(path: Path, shapes: Sequence[KVShape]) -> list[KVMoments]:
+def load_moments(path: Path, shapes: Sequence[KVShape | None]) -> list[KVMoments | None]:
     """Read the moments of all layers, on their devices.
+
+    Args:
+        shapes: of the layers; None: the layer has no pages, and needs no moments.
 
     Raises:
         ValueError: there is no such file, or it is of another model.
@@ -37,7 +40,10 @@ def load_moments(path: Path, shapes: Sequence[KVShape]) -> list[KVMoments]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"calibration {path}: cannot read it: {error}") from error
-    return [_layer(path, tensors, number, kv) for number, kv in enumerate(shapes)]
+    return [
+        None if kv is None else _layer(path, tensors, number, kv)
+        for number, kv in enumerate(shapes)
+    ]
 
 
 def _layer(path: Path, tensors: dict, number: int, kv: KVShape) -> KVMoments:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.transformer.context import PiKVInferenceContext
 
 
@@ -23,13 +24,14 @@ class CodecErrors:
     """
 
     def __init__(self, context: PiKVInferenceContext):
-        self._stores = [layer.store for layer in context.layers.values()]
-        num_groups = self._stores[0].pool.kv.keys.shape[0]
-        device = self._stores[0].table.count.device
+        layers = list(context.layers.values())
+        # A layer with a sliding window has no pages, and loses nothing.
+        self._stores = {i: x.store for i, x in enumerate(layers) if isinstance(x, LayerCache)}
+        kv = layers[0].spec.kv
         self.lost, self.whole = torch.zeros(
-            2, len(self._stores), 2, num_groups, dtype=torch.float64, device=device
+            2, len(layers), 2, kv.num_groups, dtype=torch.float64, device=kv.device
         )
-        for index, store in enumerate(self._stores):
+        for index, store in self._stores.items():
             store.on_seal = partial(self._compare, index)
 
     def relative(self) -> Tensor:

@@ -94,9 +94,9 @@ class Evaluator:
 
 
 def _token_bytes(context: PiKVInferenceContext) -> float:
-    """Of the pools of all layers, for a token that they have room for."""
+    """Of the pools of all layers that have any, for a token that they have room for."""
     total = 0.0
-    for layer in context.layers.values():
+    for layer in context.sharded_layers:
         pool = layer.store.pool
         total += sum(t.nbytes for t in pool.tensors()) / pool.position.numel()
     return total

@@ -1,9 +1,12 @@
 """Counts what is read from shards: the pages that owners are asked for, not those configured."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from pikv_megatron.cache.layer_cache import LayerCache
+from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.transformer.context import PiKVInferenceContext
 from pikv_megatron.types import PageList
 
@@ -23,17 +26,19 @@ class PageCounter:
     """
 
     def __init__(self, context: PiKVInferenceContext):
-        self._stores = [layer.store for layer in context.sharded_layers]
+        layers = list(context.layers.values())
+        self._num_layers, self._device = len(layers), layers[0].tensors()[0].device
+        # A layer with a sliding window has no pages: its counts stay 0.
+        self._stores = {i: x.store for i, x in enumerate(layers) if isinstance(x, LayerCache)}
         self.is_on = False
         self.reset()
-        for index, store in enumerate(self._stores):
+        for index, store in self._stores.items():
             store.on_read = partial(self._count_read, index)
 
     def reset(self) -> None:
         """Count from zero."""
-        device = self._stores[0].table.count.device
         self.read, self.held, self.kept, self.sealed = torch.zeros(
-            4, len(self._stores), dtype=torch.int64, device=device
+            4, self._num_layers, dtype=torch.int64, device=self._device
         )
 
     def counts(self) -> list[torch.Tensor]:
@@ -47,10 +52,17 @@ class PageCounter:
     def count_end(self) -> None:
         """The live sequences have been fed."""
         self.kept += self._pages()
-        self.sealed += torch.stack([store.ledger.num_pages.sum() for store in self._stores])
+        self.sealed += self._by_layer(lambda store: store.ledger.num_pages)
 
     def _pages(self) -> torch.Tensor:
-        return torch.stack([store.table.count.sum() for store in self._stores])
+        return self._by_layer(lambda store: store.table.count)
+
+    def _by_layer(self, pages: Callable[[ShardStore], torch.Tensor]) -> torch.Tensor:
+        """[layers], the pages of all sequences."""
+        counts = torch.zeros_like(self.held)
+        for index, store in self._stores.items():
+            counts[index] = pages(store).sum()
+        return counts
 
     def _count_read(self, index: int, sealed: PageList) -> None:
         if self.is_on:

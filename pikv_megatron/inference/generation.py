@@ -7,6 +7,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.cache.placement import Placement
+from pikv_megatron.checkpoint.name_table import expert_biases
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.inference.agreement import check_same_on_all_ranks
 from pikv_megatron.inference.batch import StepCallback, run_batch
@@ -49,6 +50,15 @@ class PiKVForCausalLM(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
+
+    def _apply(self, fn, recurse=True):
+        """Cast or move; scores lie too close for 16 bits of a bias, and Megatron-Core would only
+        widen again what was rounded."""
+        exact = {name: bias.clone() for name, bias in expert_biases(self).items()}
+        super()._apply(fn, recurse)
+        for name, bias in expert_biases(self).items():
+            bias.data = exact[name].to(bias.device)
+        return self
 
     def reset_cache(self) -> None:
         """Free every sequence that was not kept by `keep_cache`; DeepSpeed calls it first."""

@@ -6,6 +6,7 @@ import deepspeed.comm as dist
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
+from pydantic import ByteSize
 
 from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.footprint import Footprint
@@ -122,19 +123,15 @@ class PiKVInferenceContext(StaticInferenceContext):
 
         Placement by expert can need more on one rank than on another, and a prompt can be fed in
         larger chunks than configured; pools then grow.
+
+        Raises:
+            ValueError: the cache of some rank would exceed `memory_limit`; nothing was allocated.
         """
-        chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
-        for layer in self.sharded_layers:
-            # What a prompt's chunk fills is dropped after it was filled.
-            owned = noted = chunk if layer.store.drops else 0
-            for sequence, length in lengths:
-                home = sequence.slot // self.max_batch_size
-                here = self._missing_pages(layer, sequence, length, home == self.rank)
-                owned += here
-                if home == self.rank:
-                    far = self._missing_pages(layer, sequence, length, at_home=False)
-                    noted += here + (self.num_ranks - 1) * far
-            layer.reserve(owned, noted)
+        wanted = [(layer, *self._wanted_pages(layer, lengths)) for layer in self.sharded_layers]
+        if self.pikv_config.memory_limit is not None:
+            self._check_memory(sum(layer.growth_bytes(*pages) for layer, *pages in wanted))
+        for layer, *pages in wanted:
+            layer.reserve(*pages)
 
     def begin_step(self, rows_by_rank: RowsByRank, device: torch.device) -> None:
         """Plan a step whose rows every rank knows.
@@ -181,6 +178,38 @@ class PiKVInferenceContext(StaticInferenceContext):
             rows_by_rank, self.rank, self.max_batch_size, self.layout, self._footprint, device,
             self._pads_evenly,
         )
+
+    def _wanted_pages(
+        self, layer: LayerCache, lengths: Sequence[tuple[CachedSequence, int]]
+    ) -> tuple[int, int]:
+        """Pages to be free on this rank, and of its own sequences on all ranks."""
+        # What a prompt's chunk fills is dropped after it was filled.
+        chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
+        owned = noted = chunk if layer.store.drops else 0
+        for sequence, length in lengths:
+            home = sequence.slot // self.max_batch_size
+            here = self._missing_pages(layer, sequence, length, home == self.rank)
+            owned += here
+            if home == self.rank:
+                far = self._missing_pages(layer, sequence, length, at_home=False)
+                noted += here + (self.num_ranks - 1) * far
+        return owned, noted
+
+    def _check_memory(self, growth: int) -> None:
+        """Refuse on all ranks what is too much for one of them."""
+        limit = self.pikv_config.memory_limit
+        needed = torch.tensor(self.allocated_bytes() + growth)
+        if self.num_ranks > 1:
+            # On the device that the group's backend works with.
+            device = self.layers[min(self.layers)].spec.kv.device
+            needed = needed.to(device)
+            dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=self.ep_group)
+        if int(needed) > limit:
+            raise ValueError(
+                f"memory_limit {limit.human_readable()}: a rank's cache would take "
+                f"{ByteSize(int(needed)).human_readable()}; send fewer or shorter sequences, keep "
+                "fewer pages (retention, codec), use more ranks, or raise the limit"
+            )
 
     def _missing_pages(
         self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_directory import save_tiny_mixtral
+from tiny_directory import byte_tokenizer, save_tiny_mixtral
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from pikv_megatron import PiKVConfig, pikv_layer_spec, process_groups
 from pikv_megatron.checkpoint.huggingface import load_huggingface
@@ -122,6 +123,29 @@ def test_what_codecs_lose_is_measured_by_layer_and_head(evaluations):
     assert errors.shape == (2, 2, 2) and (errors > 0.005).all() and (errors < 0.15).all()
     sizes = [evaluations[name].token_bytes for name in ("lossless", "four_bits")]
     assert sizes[1] < sizes[0] / 2.8
+
+
+@pytest.mark.parametrize("window, slides", [(16, (0,)), (16, (0, 1))])
+def test_layers_with_a_sliding_window_have_no_pages(tmp_path, one_rank, window, slides):
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=257, hidden_size=32, intermediate_size=24, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=256, sliding_window=window, eos_token_id=256,
+    )
+    kinds = ["sliding_attention" if layer in slides else "full_attention" for layer in range(2)]
+    GptOssForCausalLM(GptOssConfig(**sizes, layer_types=kinds)).save_pretrained(tmp_path)
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    model = load_huggingface(
+        tmp_path, one_rank, torch.float32, lambda spec: pikv_layer_spec(spec, PiKVConfig())
+    )
+    tasks = build_tasks(ByteIds(Tokenizer.from_directory(tmp_path)), LENGTH, 4, 2)
+    evaluator = Evaluator(model, 257, tasks, BATCH_SIZE)
+    run(evaluator, "lossless", CACHES["lossless"])
+    quarter = run(evaluator, "quarter", CACHES["quarter"])
+    for figures in quarter.figures.values():
+        shares = [1.0 if layer in slides else figures.pages_read[layer] for layer in range(2)]
+        assert figures.pages_read == shares and (1 in slides or figures.pages_read[1] < 1.0)
 
 
 def test_the_reference_keeps_the_sizes_and_loses_nothing():

@@ -198,6 +198,31 @@ def test_a_full_engine_refuses(one_rank, model):
     check_empty(engine)
 
 
+@pytest.mark.parametrize("methods", [
+    {},
+    {"selector": {"name": "mass", "tail": "mean"}, "retention": "h2o",
+     "codec": {"transform": "svd", "format": "int8"}},
+])
+def test_the_memory_limit_is_kept_to_the_byte(one_rank, model, methods):
+    """It is what the cache has once the pages are reserved; a byte less is refused."""
+    fields = PIKV.model_dump(exclude_unset=True) | methods
+    free = new_engine(one_rank, model, pikv=PiKVConfig(**fields))
+    request = Request([1] * 200, 40)
+    free.add([request])
+    needed = free.context.allocated_bytes()
+    exact = new_engine(one_rank, model, pikv=PiKVConfig(**fields, memory_limit=needed))
+    exact.add([request])
+    assert exact.context.allocated_bytes() == needed
+    tight = new_engine(one_rank, model, pikv=PiKVConfig(**fields, memory_limit=needed - 1))
+    before = tight.context.allocated_bytes()
+    with pytest.raises(ValueError, match="memory_limit .*: a rank's cache would take"):
+        tight.add([request])
+    assert tight.context.allocated_bytes() == before and not tight.running
+    tight.add([Request([1] * 20, 4)])
+    run(tight)
+    check_empty(tight)
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [

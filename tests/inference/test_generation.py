@@ -92,6 +92,18 @@ def test_stop_strings_see_what_came_before(lm):
     assert out.finish_reasons == ["stop"] and stop.text(0) == ""
 
 
+def test_biases_of_experts_stay_exact_in_half_types(one_rank):
+    sigmoid = dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+    lm = PiKVForCausalLM(build(one_rank, PIKV, **sigmoid), PIKV)
+    router = lm.model.decoder.layers[1].mlp.router
+    exact = torch.linspace(7.0, 7.001, 8)
+    router.expert_bias.copy_(exact)
+    engine = deepspeed.init_inference(lm, dtype=torch.bfloat16)
+    assert router.weight.dtype == torch.bfloat16
+    assert router.expert_bias.dtype == torch.float32 and torch.equal(router.expert_bias, exact)
+    assert len(engine.generate(PROMPTS[:2], max_new_tokens=3).token_ids[1]) == 3
+
+
 def test_logits_that_are_not_numbers_are_told(one_rank):
     lm = PiKVForCausalLM(build(one_rank, PIKV), PIKV)
     lm.model.output_layer.weight.data[5, 3] = float("nan")

@@ -60,7 +60,9 @@ def test_small_kernels(compiled):
     assert compiled == ["_append", "_project", "_route", "_route"]
 
 
-@pytest.mark.parametrize("payload, sketch", [("float8", "box"), ("int2", "low rank 4"), ("int3/int4", "box")])
+@pytest.mark.parametrize(
+    "payload, sketch", [("float8", "box"), ("int2", "low rank 4"), ("int3/int4", "box")]
+)
 def test_sealing(compiled, payload, sketch):
     spec = PageSpec(payload, 1, 2, 16, 64, 64, 2, 2, sketch, torch.bfloat16, 0)
     case = seal_case(spec, 4)

@@ -140,7 +140,8 @@ def _check_sizes(tokens: Sequence[int], page_sizes: Sequence[int]) -> None:
     for page_size in page_sizes:
         if page_size % 8:
             raise ValueError(
-                f"--page-sizes {page_size}: must be a multiple of 8, the tokens that int3 packs together"
+                f"--page-sizes {page_size}: must be a multiple of 8, the tokens that int3 packs "
+                "together"
             )
         for num_tokens in tokens:
             if num_tokens % (8 * page_size):

@@ -16,9 +16,9 @@ from pikv_megatron.codec.transform.moments import Moments, plane_order
 class ChunkKVOptions(LinearOptions):
     """Principal directions of blocks of channels, the strongest of all blocks.
 
-    A key's blocks are of whole rotary planes, since what RoPE mixes further apart it mixes otherwise
-    at every position. The squared error is the sum over blocks of the squared singular values that
-    are dropped.
+    A key's blocks are of whole rotary planes, since what RoPE mixes further apart it mixes
+    otherwise at every position. The squared error is the sum over blocks of the squared singular
+    values that are dropped.
     """
 
     name: Literal["chunkkv"] = "chunkkv"
