@@ -63,7 +63,7 @@ class PageStatistics:
 
     def growth_bytes(self, count: int) -> int:
         """What `widen` would allocate."""
-        return growth_bytes((self.mass, self.seen), len(self.seen), count)
+        return growth_bytes(self._by_page(), len(self.seen), count)
 
     def start(self, pages: torch.Tensor) -> None:
         """Pages [c] were sealed."""
@@ -146,9 +146,12 @@ class PageStatistics:
         self._held_page[slot] = -1
 
     def tensors(self) -> list[torch.Tensor]:
-        every = [self.mass, self.seen, self.observed, self.last_used, self.uses]
         held = [self._held_page, self._held_share, self._held_lse, self._held_time]
-        return [t for t in every if t is not None] + held
+        return self._by_page() + held
+
+    def _by_page(self) -> list[torch.Tensor]:
+        every = [self.mass, self.seen, self.observed, self.last_used, self.uses]
+        return [t for t in every if t is not None]
 
     def _or_null(self, pages: torch.Tensor) -> torch.Tensor:
         """[n * k], the null page where there is none."""

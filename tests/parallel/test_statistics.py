@@ -25,6 +25,10 @@ METHODS = {
     "codec": {"codec": {"transform": {"name": "svd", "rank": WIDTH}}},
     "routed": {"router": {"name": "top_k", "k": 4}, "sketch": "mean_key"},
     "learned": {"router": {"name": "cache_aware", "k": 4}, "sketch": "mean_key"},
+    # The prompt lies at home, and some steps later not all does.
+    "learned, near first": {
+        "router": {"name": "cache_aware", "k": 4}, "sketch": "mean_key", "shard_after": 36,
+    },
     "learned, codec": {
         "router": {"name": "cache_aware", "k": 4}, "sketch": "mean_key", "retention": "all",
         "budget": None, "codec": {"transform": {"name": "svd", "rank": WIDTH}},
@@ -70,7 +74,8 @@ def check_told(context, told: list, true: torch.Tensor, flushed: int) -> None:
 def check(pg, name: str, dispatcher: str) -> None:
     ranks = pg.ep.size()
     fields = METHODS[name]
-    config = PiKVConfig(token_shards=4, shard_after=0, dispatcher=dispatcher, **KEEPS | fields)
+    sizes = dict(token_shards=4, shard_after=0, dispatcher=dispatcher)
+    config = PiKVConfig(**sizes | KEEPS | fields)
     context = new_context(config, 1, LENGTH, pg.ep if ranks > 1 else None)
     layer, home = context.layers[1], ranks - 1
     told = []
