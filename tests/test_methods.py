@@ -46,7 +46,11 @@ LOSSLESS = [
 # Pages are few here, and the paper's K is 16 a shard.
 KEEPS_MOST = "retention all", "budget pages"
 # An owner learns a basis from the pages that it has.
-BY_RANK = "codec.transform svd", "everything"
+EVERYWHERE_ALIKE = "codec.transform identity", "codec.transform pyramidkv"
+BY_RANK = [
+    name for name in METHODS
+    if name == "everything" or name.startswith("codec.transform") and name not in EVERYWHERE_ALIKE
+]
 
 
 def run_method(pg, fields: dict) -> dict:
