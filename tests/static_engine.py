@@ -34,7 +34,8 @@ def wrapper(model, context, vocab_size):
         return GPTInferenceWrapper(model, context)
     config = InferenceWrapperConfig(
         hidden_size=model.config.hidden_size, params_dtype=model.config.params_dtype,
-        padded_vocab_size=vocab_size, inference_batch_times_seqlen_threshold=-1, inference_max_requests=4,
+        padded_vocab_size=vocab_size, inference_batch_times_seqlen_threshold=-1,
+        inference_max_requests=4,
         inference_max_seq_length=context.max_sequence_length,
     )
     return GPTInferenceWrapper(model, config, inference_context=context)

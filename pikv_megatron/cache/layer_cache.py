@@ -195,7 +195,8 @@ class LayerCache:
     def _attend_here(
         self, query: torch.Tensor, window: PageList, choice: StepChoice, part: DecodePart
     ) -> tuple[AttentionState, torch.Tensor | None]:
-        """This rank has all of its sequences: one softmax over all, and each shard's share [n, N]."""
+        """This rank has all of its sequences: one softmax over all, and the shards' shares [n, N].
+        """
         columns, rank = choice.reads.columns, self._placement.rank
         reads = part.own_reads
         if choice.ask is not None:

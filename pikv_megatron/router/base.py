@@ -1,8 +1,8 @@
 """Which shards a query visits.
 
 What a router learns belongs to one sequence and lies on its home rank: no rank has to be told, and
-what a sequence reads does not depend on its batch, nor, where its shards are the same, on the number
-of ranks.
+what a sequence reads does not depend on its batch, nor, where its shards are the same, on the
+number of ranks.
 
 Legend: n sequences, N shards.
 """

@@ -1,8 +1,8 @@
 """Routing that learns from reward (paper, Table 1, R_A).
 
-The reward of a query is the attention that the visited shards gave, less a cost for each of them. It
-is largest where just the shards are visited that give more than they cost, so what there is to learn
-is how much a shard gives of what it promises.
+The reward of a query is the attention that the visited shards gave, less a cost for each of them.
+It is largest where just the shards are visited that give more than they cost, so what there is to
+learn is how much a shard gives of what it promises.
 
 Legend: n sequences, N shards.
 """

@@ -28,8 +28,8 @@ from pikv_megatron import (
 from pikv_megatron.checkpoint.huggingface import load_huggingface
 
 PIKV = PiKVConfig(
-    shard_after=0, page_size=4, window=8, num_sinks=2, flush_interval=4, expert_shards=4, replicas=2,
-    prefill_chunk_size=24,
+    shard_after=0, page_size=4, window=8, num_sinks=2, flush_interval=4, expert_shards=4,
+    replicas=2, prefill_chunk_size=24,
 )
 STOCK_EXPERTS = PIKV.model_copy(update={"lean_experts": False})
 LENS = 40, 7, 65  # ragged, and the last one fed in pieces
