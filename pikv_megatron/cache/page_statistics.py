@@ -52,6 +52,7 @@ class PageStatistics:
         self._held_share = torch.zeros(num_slots, num_heads, 0, device=device)
         self._held_lse = torch.zeros(num_slots, num_heads, device=device)
         self._held_time = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._whole: tuple[torch.Tensor, ...] | None = None
 
     def widen(self, count: int) -> None:
         """Make room for `count` more pages."""
@@ -123,14 +124,21 @@ class PageStatistics:
         self._held_lse[slots] = lse
         self._held_time[slots] = times
 
-    def credit(self, slots: torch.Tensor, lse: torch.Tensor | None) -> None:
-        """Count what was held of sequences [n], now that the whole's lse [n, np] is known; None:
-        this owner's softmax was the whole."""
+    def hold_whole(self, pages: torch.Tensor, shares: torch.Tensor, times: torch.Tensor) -> None:
+        """Keep the shares of a step in which this rank had the whole attention."""
+        self._whole = pages, shares.unsqueeze(1), times.unsqueeze(1)
+
+    def credit_whole(self) -> None:
+        """Count what `hold_whole` kept."""
+        if self._whole is not None:
+            self.add(*self._whole)
+            self._whole = None
+
+    def credit(self, slots: torch.Tensor, lse: torch.Tensor) -> None:
+        """Count what was held of sequences [n], now that the whole's lse [n, np] is known."""
         pages = self._held_page[slots]
-        shares = self._held_share[slots]
-        if lse is not None:
-            shares = shares * (self._held_lse[slots] - lse).exp().unsqueeze(2)
-        shares = torch.where((pages >= 0).unsqueeze(1), shares, 0.0)
+        factor = (self._held_lse[slots] - lse).exp().unsqueeze(2)
+        shares = torch.where((pages >= 0).unsqueeze(1), self._held_share[slots] * factor, 0.0)
         self.add(pages, shares.unsqueeze(1), self._held_time[slots].unsqueeze(1))
         self._held_page[slots] = -1
 
@@ -139,15 +147,17 @@ class PageStatistics:
         is_gone = torch.zeros_like(self.seen, dtype=torch.bool)
         is_gone[torch.where(is_dropped, pages, len(is_gone) - 1)] = True
         is_gone[-1] = False
-        self._held_page.masked_fill_(is_gone[self._held_page], -1)
+        for held in (self._held_page, *(self._whole or ())[:1]):
+            held.masked_fill_(is_gone[held], -1)
 
     def release(self, slot: int) -> None:
-        """A sequence ended."""
+        """A sequence ended; its pages are free, and none of them is used again yet."""
         self._held_page[slot] = -1
+        self.credit_whole()
 
     def tensors(self) -> list[torch.Tensor]:
         held = [self._held_page, self._held_share, self._held_lse, self._held_time]
-        return self._by_page() + held
+        return self._by_page() + held + list(self._whole or ())
 
     def _by_page(self) -> list[torch.Tensor]:
         every = [self.mass, self.seen, self.observed, self.last_used, self.uses]

@@ -163,11 +163,8 @@ class ShardStore:
             query, sealed, [opened, *near], self._softmax_scale, reads.slots, with_mass=True
         )
         if self.statistics is not None:
-            self.statistics.credit(reads.slots, last_lse)
             pages = torch.where(sealed.lens > 0, sealed.table, -1)
-            self.statistics.hold(
-                reads.slots, pages, mass[:, 0], state.lse[:, 0], reads.positions
-            )
+            self._count(reads, pages, mass[:, 0], state.lse[:, 0], last_lse)
         if not by_shard:
             return state, None
         shard = self.placement.local_shard(self.pool.shard[sealed.table].long())
@@ -293,6 +290,18 @@ class ShardStore:
             self.pool.free.release_some(pages, is_dropped)
             if self.statistics is not None:
                 self.statistics.forget(pages, is_dropped)
+
+    def _count(
+        self, reads: OwnerReads, pages: torch.Tensor, shares: torch.Tensor, lse: torch.Tensor,
+        last_lse: torch.Tensor | None,
+    ) -> None:
+        """Count the last step's shares and hold those of this one; see `attend_decoding`."""
+        if last_lse is None:
+            self.statistics.credit_whole()
+            self.statistics.hold_whole(pages, shares, reads.positions)
+        else:
+            self.statistics.credit(reads.slots, last_lse)
+            self.statistics.hold(reads.slots, pages, shares, lse, reads.positions)
 
     def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
         is_page = self.table.is_page(slots, num_columns)
