@@ -10,7 +10,7 @@ import torch
 from benchmark_files import LOSSY, ROOT, write_cache, write_files
 
 from pikv_megatron.benchmarks.model.measurement import FIGURES
-from pikv_megatron.benchmarks.model.options import GROUPED, SDPA, STOCK
+from pikv_megatron.benchmarks.model.options import GROUPED, SDPA, STOCK, TRANSFORMERS
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_tables_are_complete(report):
         rows = [line.split("│")[1:3] for line in times.splitlines() if line.startswith("│")]
         found = [name.strip() for length, name in rows if length.strip() == context_len]
         assert found == names
-    assert "torch operators that an attention layer calls" in times
+    assert "torch operators" in times
     for text in ("dense", "lossless", "stock"):
         assert text in times.rpartition("how many times as fast")[2] + ratios
     assert mixed.count("1 to 40") == 3
@@ -113,3 +113,22 @@ def test_wrong_input_ends_with_one_line_and_code_2(files):
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: --steps 5 must be a multiple")
     assert "Traceback" not in run.stderr
+
+
+def test_transformers_takes_part_and_prompts_are_timed(files, tmp_path):
+    """Its logits are those of every other contestant, or nothing would be reported."""
+    output = tmp_path / "out.json"
+    run = run_program(
+        *files, "--transformers", "--contexts", "20", "--prompts", "30", "70", "--steps", "6",
+        "--threads", "1", "--output", str(output),
+    )
+    assert run.returncode == 0, run.stderr
+    written = json.loads(output.read_text())
+    (result,) = written["results"]
+    assert result["contestants"][TRANSFORMERS]["is_lossless"]
+    assert written["collective_latency_ms"] is None and written["weights"] == "random"
+    assert [set(prompt) for prompt in written["prompts"]] == [{"plain", TRANSFORMERS}] * 2
+    for length, by_name in zip((30, 70), written["prompts"]):
+        for figures in by_name.values():
+            assert figures["prompt_len"] == length and figures["seconds"] > 0
+    assert "prompts: the fastest" in run.stdout and run.stdout.count(TRANSFORMERS) >= 4
