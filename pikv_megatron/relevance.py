@@ -3,6 +3,7 @@
 Legend: n sequences, np query heads, hn head width, G ranks, m columns of a rank, M = G * m.
 """
 
+from functools import cached_property
 from typing import Callable
 
 import torch
@@ -34,7 +35,7 @@ class Ask:
         self._judge = judge
         self._scored: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @property
+    @cached_property
     def is_page(self) -> torch.Tensor:
         """[n, M], bool, False marks padding."""
         return self.directory.is_page.flatten(1)

@@ -74,10 +74,13 @@ struct Scratch {
 };
 
 void attend_page(const Call& call, const List& list, int64_t sequence, int64_t kv_head,
-                 int64_t column, Scratch& scratch, Part part) {
+                 int64_t column, bool has_next, Scratch& scratch, Part part) {
   const int64_t tokens = list.tokens(sequence, column), rows = call.rows();
   const Pages& pages = list.pages;
-  const int64_t page = list.table[sequence * list.table_stride + column];
+  const int64_t* at = list.table + sequence * list.table_stride + column;
+  const int64_t page = at[0];
+  const Ahead next_keys = has_next ? pages.keys.ahead(kv_head, at[1]) : Ahead();
+  const Ahead next_values = has_next ? pages.values.ahead(kv_head, at[1]) : Ahead();
   const uint8_t* shown = nullptr;
   if (list.shown) {
     shown = list.shown + (sequence * list.columns + column) * pages.page_size;
@@ -91,7 +94,8 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
   scratch.logits.resize(rows * pages.page_size);
   float* logits = scratch.logits.data();
   const float* keys = pages.keys.read_keys(kv_head, page, tokens, scratch.page);
-  dot(scratch.query.data(), rows, keys, tokens, call.key_width, logits, tokens);
+  dot(scratch.query.data(), rows, keys, tokens, call.key_width, logits, tokens,
+      next_keys);
   const float multiplicity = pages.log_multiplicity ? pages.log_multiplicity[page] : 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
     float* x = logits + i * tokens;
@@ -113,7 +117,8 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
     if (list.mass) list.mass[place * list.columns + column] = top + std::log(mass);
   }
   const float* values = pages.values.read_values(kv_head, page, tokens, scratch.page);
-  add_weighted(logits, tokens, rows, values, shown, tokens, call.value_width, part.sum);
+  add_weighted(logits, tokens, rows, values, shown, tokens, call.value_width, part.sum,
+               next_values);
 }
 
 void attend_span(const Call& call, Span span, int64_t kv_head, Part part) {
@@ -134,7 +139,9 @@ void attend_span(const Call& call, Span span, int64_t kv_head, Part part) {
     const int64_t end = std::min(span.last - first, list.columns);
     for (int64_t column = begin; column < end; ++column) {
       if (list.tokens(span.sequence, column) > 0) {
-        attend_page(call, list, span.sequence, kv_head, column, scratch, part);
+        const int64_t next = column + 1;
+        const bool has_next = next < end && list.tokens(span.sequence, next) > 0;
+        attend_page(call, list, span.sequence, kv_head, column, has_next, scratch, part);
       }
     }
     first += list.columns;

@@ -78,6 +78,19 @@ inline float largest(const float* x, int64_t length) {
   return top;
 }
 
+// What will be read next, asked for bit by bit while something else is computed: pages lie apart,
+// where no hardware foresees the next one, and asking for all of it at once would stop the rest.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t token_bytes = 0;
+
+  void fetch(int64_t token, int64_t count) const {
+    if (!first) return;
+    const char* at = first + token * token_bytes;
+    for (int64_t i = 0; i < count * token_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
+};
+
 template <int ROWS, int TOKENS>
 inline void dot_tile(const float* q, const float* k, int64_t width, float* out,
                      int64_t out_stride) {
@@ -102,9 +115,10 @@ inline void dot_tile(const float* q, const float* k, int64_t width, float* out,
 
 template <int ROWS>
 inline void dot_rows(const float* q, const float* k, int64_t tokens, int64_t width, float* out,
-                     int64_t out_stride) {
+                     int64_t out_stride, Ahead ahead) {
   int64_t t = 0;
   for (; t + kTileTokens <= tokens; t += kTileTokens) {
+    ahead.fetch(t, kTileTokens);
     dot_tile<ROWS, kTileTokens>(q, k + t * width, width, out + t, out_stride);
   }
   for (; t < tokens; ++t) dot_tile<ROWS, 1>(q, k + t * width, width, out + t, out_stride);
@@ -112,24 +126,26 @@ inline void dot_rows(const float* q, const float* k, int64_t tokens, int64_t wid
 
 // Products of queries [rows, width] and keys [tokens, width]: out[i * out_stride + t].
 inline void dot(const float* q, int64_t rows, const float* k, int64_t tokens, int64_t width,
-                float* out, int64_t out_stride) {
+                float* out, int64_t out_stride, Ahead ahead = {}) {
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
-    dot_rows<kTileRows>(q + i * width, k, tokens, width, out + i * out_stride, out_stride);
+  for (; i + kTileRows <= rows; i += kTileRows, ahead = {}) {
+    dot_rows<kTileRows>(q + i * width, k, tokens, width, out + i * out_stride, out_stride, ahead);
   }
-  for (; i < rows; ++i) {
-    dot_rows<1>(q + i * width, k, tokens, width, out + i * out_stride, out_stride);
+  for (; i < rows; ++i, ahead = {}) {
+    dot_rows<1>(q + i * width, k, tokens, width, out + i * out_stride, out_stride, ahead);
   }
 }
 
 template <int ROWS, int VECTORS>
 inline void add_tile(const float* weight, int64_t weight_stride, const float* value,
-                     const uint8_t* shown, int64_t tokens, int64_t width, float* out) {
+                     const uint8_t* shown, int64_t tokens, int64_t width, float* out,
+                     Ahead ahead) {
   Vec total[ROWS][VECTORS];
   for (int i = 0; i < ROWS; ++i) {
     for (int v = 0; v < VECTORS; ++v) total[i][v] = load(out + i * width + v * kLanes);
   }
   for (int64_t t = 0; t < tokens; ++t) {
+    ahead.fetch(t, 1);
     if (shown && !shown[t]) continue;
     Vec numbers[VECTORS];
     for (int v = 0; v < VECTORS; ++v) numbers[v] = load(value + t * width + v * kLanes);
@@ -145,13 +161,15 @@ inline void add_tile(const float* weight, int64_t weight_stride, const float* va
 
 template <int ROWS>
 inline void add_rows(const float* weight, int64_t weight_stride, const float* value,
-                     const uint8_t* shown, int64_t tokens, int64_t width, float* out) {
+                     const uint8_t* shown, int64_t tokens, int64_t width, float* out,
+                     Ahead ahead) {
   int64_t c = 0;
-  for (; c + kTileVectors * kLanes <= width; c += kTileVectors * kLanes) {
-    add_tile<ROWS, kTileVectors>(weight, weight_stride, value + c, shown, tokens, width, out + c);
+  for (; c + kTileVectors * kLanes <= width; c += kTileVectors * kLanes, ahead = {}) {
+    add_tile<ROWS, kTileVectors>(weight, weight_stride, value + c, shown, tokens, width, out + c,
+                                 ahead);
   }
-  for (; c + kLanes <= width; c += kLanes) {
-    add_tile<ROWS, 1>(weight, weight_stride, value + c, shown, tokens, width, out + c);
+  for (; c + kLanes <= width; c += kLanes, ahead = {}) {
+    add_tile<ROWS, 1>(weight, weight_stride, value + c, shown, tokens, width, out + c, ahead);
   }
   if (c == width) return;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -168,15 +186,15 @@ inline void add_rows(const float* weight, int64_t weight_stride, const float* va
 // shown: [tokens], 0 for tokens that are left out, whatever they hold; null: none is.
 inline void add_weighted(const float* weight, int64_t weight_stride, int64_t rows,
                          const float* value, const uint8_t* shown, int64_t tokens, int64_t width,
-                         float* out) {
+                         float* out, Ahead ahead = {}) {
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
+  for (; i + kTileRows <= rows; i += kTileRows, ahead = {}) {
     add_rows<kTileRows>(weight + i * weight_stride, weight_stride, value, shown, tokens, width,
-                        out + i * width);
+                        out + i * width, ahead);
   }
-  for (; i < rows; ++i) {
+  for (; i < rows; ++i, ahead = {}) {
     add_rows<1>(weight + i * weight_stride, weight_stride, value, shown, tokens, width,
-                out + i * width);
+                out + i * width, ahead);
   }
 }
 

@@ -53,6 +53,14 @@ struct Side {
     return x;
   }
 
+  // What a page has of each token, to be fetched before it is read.
+  Ahead ahead(int64_t group, int64_t page) const {
+    const int64_t bits[] = {32, 16, 16, 8, 8, 4, 3, 2};  // by type
+    const int64_t size = type == kFloat32 ? 4 : type <= kHalf ? 2 : 1;
+    const char* first = static_cast<const char*>(numbers.data) + numbers.place(group, page) * size;
+    return {first, bits[type] * width / 8};
+  }
+
   // The first keys [tokens, r_k] of a page, in place or in `scratch`: a scale for each channel.
   const float* read_keys(int64_t group, int64_t page, int64_t tokens,
                          std::vector<float>& scratch) const {

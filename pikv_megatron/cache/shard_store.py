@@ -6,6 +6,7 @@ with a token buffer.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,8 @@ from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.types import AttentionState, KVPages, PageList, PageStats
+
+Kept = TypeVar("Kept")
 
 
 class ShardStore:
@@ -68,7 +71,7 @@ class ShardStore:
                 options.retention.use_threshold,
             )
         # What is read where nothing is left out changes with a flush only.
-        self._lists: dict[tuple, PageList] = {}
+        self._lists: dict[tuple, PageList | torch.Tensor] = {}
         self.on_read: Callable[[PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
 
@@ -332,9 +335,9 @@ class ShardStore:
         )
 
     def _kept(
-        self, name: str, key: tuple | None, make: Callable[[], PageList]
-    ) -> PageList:
-        """The list of a key, made where it was not made since the last flush."""
+        self, name: str, key: tuple | None, make: Callable[[], Kept]
+    ) -> Kept:
+        """What was made for a key since the last flush, or is made now."""
         if key is None:
             return make()
         if (name, key) not in self._lists:
@@ -353,7 +356,10 @@ class ShardStore:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Page numbers [n, k], those that are read first and any behind them, and which of them are
         read."""
-        pages = self.table.page[reads.slots, :num_columns]
+        pages = self._kept(
+            "pages", None if reads.key is None else (num_columns, reads.key),
+            lambda: self.table.page[reads.slots, :num_columns],
+        )
         if reads.columns is not None:
             return pages.gather(1, reads.columns.clamp(min=0)), reads.columns >= 0
         is_read = self.table.is_page(reads.slots, num_columns)

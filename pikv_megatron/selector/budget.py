@@ -47,4 +47,4 @@ class BudgetSelector(PageSelector):
         # Of x pages, those before x * share: their number is rounded up.
         wanted = ask.is_page.sum(dim=1, keepdim=True) * self._share
         order = torch.arange(columns.shape[1], device=columns.device)
-        return torch.where(is_listed & (order < wanted), columns, -1)
+        return columns.masked_fill(~(is_listed & (order < wanted)), -1)
