@@ -1,5 +1,7 @@
 """The most memory that a piece of work needed at once."""
 
+import ctypes
+import gc
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -25,10 +27,13 @@ def peak_memory() -> Iterator[PeakMemory]:
         yield peak
         peak.num_bytes = torch.cuda.max_memory_allocated() - before
         return
+    gc.collect()
     try:
+        # What was freed before would be used again without being counted.
+        ctypes.CDLL(None).malloc_trim(0)
         CLEAR.write_text("5")  # resets VmHWM
         before = _kilobytes("VmRSS")
-    except OSError:
+    except (OSError, AttributeError):
         yield peak
         return
     yield peak
