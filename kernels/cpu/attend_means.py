@@ -3,7 +3,7 @@
 import torch
 
 from pikv_kernels.cpu.fields import TYPES, pool_fields, row_fields
-from pikv_kernels.cpu.library import call
+from pikv_kernels.cpu.compiled import call
 
 
 def attend_means(

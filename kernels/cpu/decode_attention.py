@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pikv_kernels.cpu.fields import address, page_fields, row_fields
-from pikv_kernels.cpu.library import call
+from pikv_kernels.cpu.compiled import call
 
 
 def decode_attention(

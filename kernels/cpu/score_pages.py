@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pikv_kernels.cpu.fields import BYTE_TYPES, TYPES, address, pool_fields, row_fields
-from pikv_kernels.cpu.library import call
+from pikv_kernels.cpu.compiled import call
 
 MEAN, BOX, LOW_RANK = range(3)
 

@@ -35,4 +35,4 @@ def _imported(package: str, name: str) -> Callable:
 
 @lru_cache(maxsize=1)
 def _has_cpu_kernels() -> bool:
-    return import_module("pikv_kernels.cpu.library").is_available()
+    return import_module("pikv_kernels.cpu.compiled").is_available()
