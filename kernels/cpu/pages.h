@@ -68,8 +68,8 @@ struct Side {
     scratch.resize((page_size + 2 * num_scales) * width);
     float* out = scratch.data();
     float *scales = out + page_size * width, *zeros = scales + num_scales * width;
-    halves(scale, group, page, num_scales, width, scales);
-    halves(zero, group, page, num_scales, width, zeros);
+    read_scales(scale, group, page, num_scales, width, scales);
+    read_scales(zero, group, page, num_scales, width, zeros);
     const int64_t group_tokens = page_size / num_scales;
     by_token(group, page, tokens, [&](int64_t t, auto code) {
       const float *s = scales + t / group_tokens * width, *z = zeros + t / group_tokens * width;
@@ -87,8 +87,8 @@ struct Side {
     scratch.resize(page_size * (width + 2 * num_scales));
     float* out = scratch.data();
     float *scales = out + page_size * width, *zeros = scales + page_size * num_scales;
-    halves(scale, group, page, tokens, num_scales, scales);
-    halves(zero, group, page, tokens, num_scales, zeros);
+    read_scales(scale, group, page, tokens, num_scales, scales);
+    read_scales(zero, group, page, tokens, num_scales, zeros);
     const int64_t channels = width / num_scales;
     by_token(group, page, tokens, [&](int64_t t, auto code) {
       for (int64_t g = 0; g < num_scales; ++g) {
@@ -117,8 +117,8 @@ struct Side {
   }
 
   // Scales or zero points [count, length]; 0 where there are none.
-  static void halves(const Pool& pool, int64_t group, int64_t page, int64_t count, int64_t length,
-                     float* out) {
+  static void read_scales(const Pool& pool, int64_t group, int64_t page, int64_t count,
+                          int64_t length, float* out) {
     if (!pool.data) {
       std::memset(out, 0, count * length * sizeof(float));
       return;

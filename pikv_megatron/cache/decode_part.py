@@ -69,7 +69,6 @@ class DecodePart:
         self.slots, flushed, length = numbers.unbind(1)
         self.positions = length - 1
         self.window_slots = self.slots - rank * slots_per_rank
-        self._length = length
         self._sliding: dict[int, SlidingReads] = {}
         lens = torch.full((self.num_rows, 1), layout.size, dtype=torch.int32, device=device)
         # A row's new token is written before it is attended to.
@@ -84,8 +83,8 @@ class DecodePart:
     def sliding(self, window: int) -> SlidingReads:
         """What rows read where queries see a sliding window: the same in every such layer."""
         if window not in self._sliding:
-            lens = self._length.clamp(max=window).to(torch.int32).unsqueeze(1)
-            self._sliding[window] = SlidingReads((self._length - 1) % window, lens)
+            lens = (self.positions + 1).clamp(max=window).to(torch.int32).unsqueeze(1)
+            self._sliding[window] = SlidingReads(self.positions % window, lens)
         return self._sliding[window]
 
     @cached_property

@@ -104,7 +104,7 @@ def parse_options(argv: Sequence[str], configs: Path) -> BenchmarkOptions:
         pikv=pikv,
         contexts=tuple(args.contexts or (DEFAULT_CONTEXTS if is_default else ())),
         lengths=() if args.lengths is None else tuple(args.lengths) or DEFAULT_LENGTHS,
-        prompts=() if args.prompts is None else tuple(args.prompts) or DEFAULT_PROMPTS,
+        prompts=_prompts(args.prompts),
         beside_transformers=_beside_transformers(args),
         batch_size=args.batch_size,
         steps=_steps(args.steps, flush_interval(pikv)),
@@ -180,7 +180,7 @@ def _steps(steps: int | None, flush_interval: int) -> int:
 
 
 def _clock(args: argparse.Namespace) -> str:
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1" and not torch.cuda.is_available()
+    is_alone = _is_one_rank() and not torch.cuda.is_available()
     if args.clock == "cpu" and not (is_alone and args.threads == 1):
         raise ValueError(
             "--clock cpu needs --threads 1, one rank and no accelerator: it adds up the time of "
@@ -190,13 +190,23 @@ def _clock(args: argparse.Namespace) -> str:
 
 
 def _beside_transformers(args: argparse.Namespace) -> bool:
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if args.transformers and importlib.util.find_spec("transformers") is None:
         raise ValueError("--transformers: the package is not installed; pip install transformers")
-    for flag, is_given in (("--transformers", args.transformers), ("--prompts", args.prompts)):
-        if is_given is not None and is_given is not False and not is_alone:
-            raise ValueError(f"{flag} is for one rank: leave out the launcher")
+    if args.transformers and not _is_one_rank():
+        raise ValueError("--transformers is for one rank: leave out the launcher")
     return args.transformers
+
+
+def _prompts(prompts: Sequence[int] | None) -> tuple[int, ...]:
+    if prompts is None:
+        return ()
+    if not _is_one_rank():
+        raise ValueError("--prompts is for one rank: leave out the launcher")
+    return tuple(prompts) or DEFAULT_PROMPTS
+
+
+def _is_one_rank() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _check_lengths(options: BenchmarkOptions) -> None:

@@ -1,5 +1,6 @@
 """A family of Hugging Face models: how its `config.json` is read, and how its tensors are named."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,7 +38,7 @@ class TensorNames:
     has_stacked_experts: bool = False
 
 
-class Family:
+class Family(ABC):
     """What a `config.json` means. One file a family; the methods give fields of `Architecture`.
 
     Attributes:
@@ -59,13 +60,13 @@ class Family:
     has_prediction_layers: ClassVar[bool] = False
     names: ClassVar[TensorNames] = TensorNames()
 
+    @abstractmethod
     def attention(self, fields: ConfigFields) -> dict[str, Any]:
         """Norms, biases and clipping of queries, keys and values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def experts(self, fields: ConfigFields) -> dict[str, Any]:
         """The router, the experts and the dense layers."""
-        raise NotImplementedError
 
     def refuse_unsupported(self, fields: ConfigFields) -> None:
         """Look for what this family alone can ask for.
@@ -74,9 +75,9 @@ class Family:
             ValueError: naming it.
         """
 
+    @abstractmethod
     def write(self, architecture: "Architecture") -> dict[str, Any]:
         """Fields of `config.json` that are this family's own."""
-        raise NotImplementedError
 
 
 def attention_biases(fields: ConfigFields) -> dict[str, bool]:
@@ -160,6 +161,28 @@ def sliding_layers(
     if window >= fields.integer("max_position_embeddings"):
         return {}
     return {"sliding_window": window, "sliding_layers": chosen}
+
+
+def written_widths(architecture: "Architecture") -> dict[str, int]:
+    """Widths of the experts and of dense layers, where a `config.json` tells them apart."""
+    width = architecture.moe_ffn_hidden_size
+    return {
+        "moe_intermediate_size": width,
+        "intermediate_size": architecture.ffn_hidden_size or width,
+    }
+
+
+def written_stepped_experts(architecture: "Architecture") -> dict[str, Any]:
+    """What `softmax_router` and `stepped_dense_layers` read, and the window, as Qwen has them."""
+    return {
+        "num_experts": architecture.num_experts,
+        **written_widths(architecture),
+        "norm_topk_prob": not architecture.moe_router_pre_softmax,
+        "mlp_only_layers": list(architecture.dense_layers),
+        "decoder_sparse_step": 1,
+        "use_sliding_window": architecture.sliding_window is not None,
+        "sliding_window": architecture.sliding_window,
+    }
 
 
 def written_layer_types(architecture: "Architecture") -> list[str]:

@@ -6,6 +6,7 @@ from pikv_megatron.checkpoint.families.base import (
     expert_groups,
     leading_dense_layers,
     sigmoid_router,
+    written_widths,
 )
 
 
@@ -50,8 +51,7 @@ class Glm4Moe(Family):
         width = architecture.moe_ffn_hidden_size
         return {
             "n_routed_experts": architecture.num_experts,
-            "moe_intermediate_size": width,
-            "intermediate_size": architecture.ffn_hidden_size or width,
+            **written_widths(architecture),
             "n_shared_experts": (architecture.moe_shared_expert_intermediate_size or 0) // width,
             "routed_scaling_factor": architecture.moe_router_topk_scaling_factor,
             "n_group": architecture.moe_router_num_groups or 1,

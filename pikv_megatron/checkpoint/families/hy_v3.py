@@ -5,6 +5,7 @@ from pikv_megatron.checkpoint.families.base import (
     TensorNames,
     attention_biases,
     sigmoid_router,
+    written_widths,
 )
 
 
@@ -49,8 +50,7 @@ class HYV3(Family):
         width = architecture.moe_ffn_hidden_size
         return {
             "num_experts": architecture.num_experts,
-            "moe_intermediate_size": width,
-            "intermediate_size": architecture.ffn_hidden_size or width,
+            **written_widths(architecture),
             "num_shared_experts": (architecture.moe_shared_expert_intermediate_size or 0) // width,
             "router_scaling_factor": architecture.moe_router_topk_scaling_factor,
             "mlp_layer_types": [

@@ -7,6 +7,7 @@ from pikv_megatron.checkpoint.families.base import (
     softmax_router,
     stepped_dense_layers,
     written_layer_types,
+    written_stepped_experts,
 )
 
 
@@ -47,17 +48,9 @@ class Qwen2Moe(Family):
         }
 
     def write(self, architecture):
-        width = architecture.moe_ffn_hidden_size
         return {
-            "num_experts": architecture.num_experts,
-            "moe_intermediate_size": width,
-            "intermediate_size": architecture.ffn_hidden_size or width,
+            **written_stepped_experts(architecture),
             "shared_expert_intermediate_size": architecture.moe_shared_expert_intermediate_size,
-            "norm_topk_prob": not architecture.moe_router_pre_softmax,
-            "mlp_only_layers": list(architecture.dense_layers),
-            "decoder_sparse_step": 1,
             "qkv_bias": architecture.qkv_bias,
-            "use_sliding_window": architecture.sliding_window is not None,
-            "sliding_window": architecture.sliding_window,
             "layer_types": written_layer_types(architecture),
         }

@@ -6,6 +6,7 @@ from pikv_megatron.checkpoint.families.base import (
     sliding_layers,
     softmax_router,
     stepped_dense_layers,
+    written_stepped_experts,
 )
 
 
@@ -35,15 +36,5 @@ class Qwen3Moe(Family):
         }
 
     def write(self, architecture):
-        width = architecture.moe_ffn_hidden_size
-        return {
-            "num_experts": architecture.num_experts,
-            "moe_intermediate_size": width,
-            "intermediate_size": architecture.ffn_hidden_size or width,
-            "norm_topk_prob": not architecture.moe_router_pre_softmax,
-            "mlp_only_layers": list(architecture.dense_layers),
-            "decoder_sparse_step": 1,
-            "attention_bias": architecture.qkv_bias,
-            "use_sliding_window": architecture.sliding_window is not None,
-            "sliding_window": architecture.sliding_window,
-        }
+        biases = {"attention_bias": architecture.qkv_bias}
+        return written_stepped_experts(architecture) | biases
