@@ -88,6 +88,11 @@ class PiKVInferenceContext(StaticInferenceContext):
         """Experts that are remembered for each token of a window; 0 without expert shards."""
         return self.pikv_config.replicas if self.pikv_config.expert_shards > 1 else 0
 
+    @property
+    def decode_counts(self) -> list[int] | None:
+        """Tokens that each rank feeds in this step; None where some rank feeds a prompt."""
+        return None if self.plan.prefill.is_anywhere else self.plan.decode.counts
+
     def start(self, home_rank: int) -> CachedSequence:
         """Begin a sequence on a home rank. Called on every rank, in the same order.
 
