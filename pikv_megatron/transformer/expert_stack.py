@@ -82,6 +82,8 @@ class ExpertStack:
         """
         hidden = F.grouped_mm(rows, self.weight1.transpose(1, 2), offs=ends)
         if self.bias1 is not None:
+            # Rows of other ranks' experts are computed with nothing and read by nobody.
+            experts = experts.clamp(max=len(self.bias1) - 1)
             hidden += self.bias1[experts]
         weights = weights.unsqueeze(1)
         hidden = (activate(hidden, self.config) * weights).to(rows.dtype)

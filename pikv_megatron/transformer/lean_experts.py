@@ -24,7 +24,9 @@ class LeanExperts:
 
     def __init__(self, experts: SequentialMLP, first: int):
         self._experts = experts
-        self._first = first
+        self._first, self._count = first, experts.num_local_experts
+        self._are_all = self._count == experts.config.num_moe_experts
+        self._numbers = torch.empty(0)
         self._stack: ExpertStack | None = None
         self._is_checked = False
 
@@ -39,19 +41,13 @@ class LeanExperts:
             tokens: [t, h].
             choice: among all ranks' experts.
         """
-        count = self._experts.num_local_experts
-        local = choice.experts.flatten() - self._first
-        is_everywhere = count == self._experts.config.num_moe_experts
-        if not is_everywhere:
-            # Those of other ranks lie behind all that is computed.
-            local = torch.where((local >= 0) & (local < count), local, count)
-        local, order = local.sort(stable=True)
-        ends = torch.searchsorted(local, torch.arange(1, count + 1, device=local.device))
         k = choice.experts.shape[1]
+        local, order = self._local(choice.experts.flatten()).sort(stable=True)
+        ends = torch.searchsorted(local, self._numbers_from_one(local.device), out_int32=True)
         rows, weights = tokens.index_select(0, order // k), choice.weights.flatten()[order]
-        outputs = self._outputs(rows, ends, local.clamp(max=count - 1), weights)
-        if not is_everywhere:
-            outputs = outputs.masked_fill((local == count).unsqueeze(1), 0.0)
+        outputs = self._outputs(rows, ends, local, weights)
+        if not self._are_all:
+            outputs = outputs.masked_fill((local == self._count).unsqueeze(1), 0.0)
         return torch.empty_like(outputs).index_copy_(0, order, outputs).unflatten(0, (-1, k)).sum(1)
 
     def sorted_outputs(
@@ -64,9 +60,24 @@ class LeanExperts:
             counts: [E], rows of each expert.
             weights: [n], of each row's output.
         """
-        numbers = torch.arange(len(counts), device=rows.device)
-        local = numbers.repeat_interleave(counts.to(rows.device), output_size=len(rows))
-        return self._outputs(rows, counts.cumsum(0).to(rows.device), local, weights)
+        counts = counts.to(rows.device)
+        numbers = torch.arange(self._count, device=rows.device)
+        local = numbers.repeat_interleave(counts, output_size=len(rows))
+        return self._outputs(rows, counts.cumsum(0), local, weights)
+
+    def _local(self, experts: torch.Tensor) -> torch.Tensor:
+        """Local numbers of experts [n]; those of other ranks get one behind all that is computed.
+        """
+        if self._are_all:
+            return experts
+        local = experts - self._first
+        return torch.where((local >= 0) & (local < self._count), local, self._count)
+
+    def _numbers_from_one(self, device: torch.device) -> torch.Tensor:
+        """1 to E, made once a device."""
+        if len(self._numbers) == 0 or self._numbers.device != device:
+            self._numbers = torch.arange(1, self._count + 1, device=device)
+        return self._numbers
 
     def _outputs(
         self, rows: torch.Tensor, ends: torch.Tensor, local: torch.Tensor, weights: torch.Tensor
