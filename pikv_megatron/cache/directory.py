@@ -45,10 +45,11 @@ class PageDirectory:
         self._page_size = page_size
         self._softmax_scale = spec.softmax_scale
         self._sketcher = spec.options.sketch.build(kv, page_size, num_slots)
-        heads = {"keys": (kv.num_groups, kv.key_width)}
-        self._mean_value = None
-        if spec.options.selector.tail == "mean":
-            heads["values"] = kv.num_groups, kv.value_width
+        heads = dict(kv.heads)
+        self._kv, self._mean_value = kv, None
+        if spec.options.selector.tail != "mean":
+            heads.pop("values", None)
+        else:
             self._mean_value = torch.zeros(
                 kv.num_groups, 1, kv.value_width, dtype=kv.dtype, device=device
             )
@@ -110,7 +111,8 @@ class PageDirectory:
         local = admission.page_group % self._placement.shards_per_rank
         self.shard[place] = local * self._placement.num_ranks + row % self._placement.num_ranks
         if self._mean_value is not None:
-            mean = pages["values"].float().mean(dim=2)
+            values = self._kv.values_of(pages["keys"], pages.get("values"))
+            mean = values.float().mean(dim=2)
             self._mean_value[:, place] = mean.to(self._mean_value.dtype)
 
     def ask(

@@ -57,4 +57,5 @@ class PagePool:
         return [t for t in self._by_page() if t is not None] + self.free.tensors()
 
     def _by_page(self) -> list[torch.Tensor | None]:
-        return [*self.kv, self.position, self.shard, self.earlier_shards]
+        stored = [t for t in self.kv if isinstance(t, torch.Tensor)]
+        return [*stored, self.position, self.shard, self.earlier_shards]

@@ -52,17 +52,16 @@ class ShardStore:
         self.page_size = page_size = ledger.page_size
         self.num_slots = num_slots = len(ledger.num_pages)
         self.retention = options.retention.build()
-        self._budget = options.budget
+        self._budget, self._kv = options.budget, kv
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
         self.pool = PagePool(self._codec, page_size, has_replicas, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
-        heads = {
-            "keys": (kv.num_groups, kv.key_width), "values": (kv.num_groups, kv.value_width)
-        }
-        self.buffers = TokenBuffers(self.ledger, heads, metadata, kv.dtype, kv.device)
-        self._open_pages = KVPages(self.buffers.tensors["keys"], self.buffers.tensors["values"])
+        self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
+        self._open_pages = KVPages.plain(
+            self.buffers.tensors["keys"], self.buffers.tensors.get("values"), kv.value_width
+        )
         self.table = PageTable(num_slots, max_pages, kv.device)
         self.statistics = None
         if options.retention.needs_mass:
@@ -129,7 +128,7 @@ class ShardStore:
         if block.slot.numel() == 0:
             return
         self._lists.clear()
-        tokens = {"keys": block.keys, "values": block.values, "position": block.position}
+        tokens = {name: getattr(block, name) for name in (*self._kv.heads, "position")}
         if self.pool.earlier_shards is not None:
             tokens["earlier"] = block.earlier_shards
         pages = self.buffers.insert(admission, tokens)
@@ -222,7 +221,8 @@ class ShardStore:
         self.table.clear(slot)
         self.ledger.clear(slot)
         # The next sequence reads around what is left there: it must be finite.
-        self.buffers.tensors["values"][:, slot * self._shards : (slot + 1) * self._shards] = 0.0
+        name = "keys" if self._kv.values_in_keys else "values"
+        self.buffers.tensors[name][:, slot * self._shards : (slot + 1) * self._shards] = 0.0
         self._codec.forget(slot)
         if self.statistics is not None:
             self.statistics.release(slot)
@@ -279,13 +279,14 @@ class ShardStore:
             self.pool.earlier_shards[pages] = full["earlier"]
         if self.statistics is not None:
             self.statistics.start(pages)
-        slots, tokens = admission.page_row, (full["keys"], full["values"])
+        slots, keys = admission.page_row, full["keys"]
+        values = self._kv.values_of(keys, full.get("values"))
         if self._codec.learns:
-            fit_new(self._codec, slots, admission.is_page, *tokens)
-        self._codec.seal(*tokens, self.pool.kv, pages, slots)
+            fit_new(self._codec, slots, admission.is_page, keys, values)
+        self._codec.seal(keys, values, self.pool.kv, pages, slots)
         if self.on_seal is not None:
             real = admission.is_page.nonzero().squeeze(1)
-            self.on_seal(*(x[:, real] for x in tokens), pages[real], slots[real])
+            self.on_seal(keys[:, real], values[:, real], pages[real], slots[real])
 
     def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
         """Give pages [r, m] back."""
