@@ -29,18 +29,19 @@ class PageDirectory:
     Args:
         spec: the layer; its sketch is what is remembered of a page.
         placement: which rank owns which shard.
-        ledger: numbers the tokens of all rows; layers that place tokens alike share one.
+        page_size: S.
+        num_slots: sequences of this home rank.
         max_pages: most pages that one sequence can fill on one rank.
     """
 
     def __init__(
-        self, spec: LayerSpec, placement: Placement, ledger: PageLedger, max_pages: int
+        self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
+        max_pages: int,
     ):
         kv, device = spec.kv, spec.kv.device
-        rows, page_size = len(ledger.num_pages), ledger.page_size
-        num_slots = rows // placement.num_ranks
+        rows = num_slots * placement.num_ranks
         self._placement = placement
-        self._ledger = ledger
+        self._ledger = PageLedger(rows, placement.shards_per_rank, page_size, device)
         self._num_slots = num_slots
         self._page_size = page_size
         self._softmax_scale = spec.softmax_scale

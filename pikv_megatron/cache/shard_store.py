@@ -32,7 +32,8 @@ class ShardStore:
     Args:
         spec: the layer.
         placement: which shards this rank owns.
-        ledger: numbers the tokens of all slots; layers that place tokens alike share one.
+        page_size: S.
+        num_slots: sequence slots of the whole group.
         max_pages: most pages that one sequence can fill on this rank.
         has_replicas: whether tokens can be stored in more than one shard.
 
@@ -43,20 +44,20 @@ class ShardStore:
     """
 
     def __init__(
-        self, spec: LayerSpec, placement: Placement, ledger: PageLedger, max_pages: int,
-        has_replicas: bool,
+        self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
+        max_pages: int, has_replicas: bool,
     ):
         options, kv = spec.options, spec.kv
         self.placement = placement
-        self.ledger = ledger
-        self.page_size = page_size = ledger.page_size
-        self.num_slots = num_slots = len(ledger.num_pages)
+        self.page_size = page_size
+        self.num_slots = num_slots
         self.retention = options.retention.build()
         self._budget, self._kv = options.budget, kv
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
         self.pool = PagePool(self._codec, page_size, has_replicas, kv.device)
+        self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
         self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
         self._open_pages = KVPages.plain(
@@ -118,7 +119,8 @@ class ShardStore:
         return drops
 
     def admit(self, block: TokenBlock, num_pages: int | None = None) -> Admission:
-        """Number tokens; `num_pages` as of the ledger."""
+        """Number tokens, the same in every layer that places them alike; `num_pages` as of the
+        ledger."""
         mine = (block.slot >= 0) & (self.placement.owner(block.shard) == self.placement.rank)
         group = block.slot * self._shards + self.placement.local_shard(block.shard)
         return self.ledger.admit(torch.where(mine, group, self.ledger.padding_group), num_pages)
