@@ -1,13 +1,11 @@
 """launch/evaluate.py on a tiny model: complete with and without the launcher, and it refuses."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from launcher import launch
+from launcher import launch, run_alone
 from tiny_directory import save_tiny_mixtral
 from tokenizers import Tokenizer, models
 
@@ -39,21 +37,12 @@ def arguments(folder: Path, *caches: str) -> list[str]:
     return ["--model", str(folder / "model"), "--pikv", *caches, *SMALL]
 
 
-def run_alone(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments],
-        capture_output=True, text=True, timeout=240, env=environment, cwd="/",
-    )
-
-
 def test_one_rank_and_two_find_the_same(folder, tmp_path):
     caches = [str(folder / name) for name in ("third.yaml", "eight_bits.yaml")]
     found = []
-    for name, run in (("one", run_alone), ("two", lambda *a: launch(PROGRAM, *a, timeout=240))):
+    for name, run in (("one", run_alone), ("two", partial(launch, timeout=240))):
         output = tmp_path / f"{name}.json"
-        done = run(*arguments(folder, *caches), "--output", str(output))
+        done = run(PROGRAM, *arguments(folder, *caches), "--output", str(output))
         assert done.returncode == 0, done.stderr
         for cell in ("lossless", "third", "recall"):
             assert cell in done.stdout
@@ -81,7 +70,7 @@ def check_report(report: dict) -> None:
 
 
 def test_wrong_input_ends_with_one_line_and_code_2(folder):
-    run = run_alone(*arguments(folder, "/does/not/exist.yaml"))
+    run = run_alone(PROGRAM, *arguments(folder, "/does/not/exist.yaml"))
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: /does/not/exist.yaml: cannot read")
     assert "Traceback" not in run.stderr
