@@ -24,7 +24,17 @@ class AttentionState(NamedTuple):
     lse: Tensor
 
 
-class KVPages(NamedTuple):
+class _PageTensors(NamedTuple):
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None = None
+    key_zero: Tensor | None = None
+    value_scale: Tensor | None = None
+    value_zero: Tensor | None = None
+    log_multiplicity: Tensor | None = None
+
+
+class KVPages(_PageTensors):
     """Pages of S tokens as they are stored.
 
     Keys and values are stored each in their own way: as plain float32, bfloat16 or float16
@@ -52,13 +62,8 @@ class KVPages(NamedTuple):
             page stands for, added to its logits; None: every token stands for itself.
     """
 
-    keys: Tensor
-    values: Tensor
-    key_scale: Tensor | None = None
-    key_zero: Tensor | None = None
-    value_scale: Tensor | None = None
-    value_zero: Tensor | None = None
-    log_multiplicity: Tensor | None = None
+    def __getstate__(self):
+        """A kernel may note addresses in the instance's dict, which are of this process."""
 
     @property
     def page_size(self) -> int:

@@ -3,7 +3,7 @@
 import torch
 
 from pikv_megatron.ops.append_kv import append_kv
-from pikv_megatron.types import KVShape
+from pikv_megatron.types import KVPages, KVShape
 
 
 class StreamWindow:
@@ -15,6 +15,7 @@ class StreamWindow:
     Attributes:
         keys: [ng, slots, num_sinks + capacity, w_k].
         values: [ng, slots, num_sinks + capacity, w_v].
+        pages: the same as a pool, a page a sequence.
         expert: [slots * (num_sinks + capacity), replicas], int16, the experts that the layer's
             router chose for a token, best first; None where placement does not ask for it.
     """
@@ -25,6 +26,7 @@ class StreamWindow:
         shape, device = (kv.num_groups, num_slots, size), kv.device
         self.keys = torch.zeros(*shape, kv.key_width, dtype=kv.dtype, device=device)
         self.values = torch.zeros(*shape, kv.value_width, dtype=kv.dtype, device=device)
+        self.pages = KVPages(self.keys, self.values)
         self.expert = None
         if num_experts_kept:
             self.expert = torch.zeros(

@@ -39,8 +39,10 @@ class Evaluator:
 
     def num_steps(self, parts: Sequence[Task], pikv: PiKVConfig) -> int:
         """Forward passes of a `run`."""
+        ranks = self._model.pg_collection.ep.size()
         return sum(
-            -(-batch.prompt_len // pikv.prefill_chunk_size) + batch.num_decode_steps
+            -(-len(batch.ids) // ranks) * -(-batch.prompt_len // pikv.prefill_chunk_size)
+            + batch.num_decode_steps
             for part in parts for batch in part.batches(self._batch_size)
         )
 
@@ -72,7 +74,6 @@ class Evaluator:
                 if is_first:
                     logprobs.append(heard)
             judge.end()
-        watch.close()
         return watch.figures(judge.sums)
 
 

@@ -34,7 +34,8 @@ class Watcher:
 
 
 class TeacherForcing:
-    """Prompts in the configured chunks, then token by token, as a decoder would come to them.
+    """Prompts in the configured chunks, one sequence of each home rank after the other, then all
+    sequences token by token, as a decoder would come to them.
 
     Args:
         model: with PiKV layers.
@@ -78,10 +79,7 @@ class TeacherForcing:
         sequences = [context.start(i % context.num_ranks) for i in range(len(ids))]
         context.reserve([(sequence, ids.shape[1]) for sequence in sequences])
         self._watcher.start(sequences, sequences[context.rank :: context.num_ranks], task)
-        chunk = context.pikv_config.prefill_chunk_size
-        for first in range(0, task.prompt_len, chunk):
-            last = min(first + chunk, task.prompt_len)
-            logits = self._step(sequences, ids[:, first:last])
+        logits = self._prefill(sequences, ids[:, : task.prompt_len])
         for place in range(task.answer.shape[1]):
             if place:
                 logits = self._decode(sequences, task, place)
@@ -91,6 +89,17 @@ class TeacherForcing:
         self._watcher.end()
         for sequence in sequences:
             context.release(sequence)
+
+    def _prefill(self, sequences: list[CachedSequence], ids: Tensor) -> Tensor:
+        """[n, V] behind the prompts ids [b, P]."""
+        ranks, chunk = self._context.num_ranks, self._context.pikv_config.prefill_chunk_size
+        told = []
+        for first in range(0, len(sequences), ranks):
+            now = slice(first, first + ranks)
+            for part in ids[now].split(chunk, dim=1):
+                logits = self._step(sequences[now], part)
+            told.append(logits)
+        return torch.cat(told)
 
     def _decode(self, sequences: list[CachedSequence], task: Task, place: int) -> Tensor:
         at = task.prompt_len + place
@@ -108,10 +117,10 @@ class TeacherForcing:
         plan, own = context.plan, self.own(ids)
         fed = torch.zeros(1, plan.num_padded, dtype=torch.int64)
         fed[0, : plan.num_tokens] = own.flatten()
-        with only_tokens(self._model, plan.last_tokens):
+        with only_tokens(self._model, plan.tokens.last_tokens):
             logits = self._model(
-                fed.to(self.device), plan.positions.unsqueeze(0), None, inference_context=context,
-                runtime_gather_output=True,
+                fed.to(self.device), plan.tokens.positions.unsqueeze(0), None,
+                inference_context=context, runtime_gather_output=True,
             )
         context.finish_step()
         self._on_step()

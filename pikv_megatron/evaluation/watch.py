@@ -62,10 +62,10 @@ class Watch(Watcher):
         self._probed = _spread(task) if is_first and len(sequences) <= MOST_SEQUENCES else set()
         if self._probed:
             self._mass.begin(own, task.ids.shape[1])
-        self._traffic.is_on = True
+        self._traffic.open()
 
     def before(self, place):
-        self._traffic.is_on = False
+        self._traffic.close()
         self._pages.count_step(self._own)
         self._pages.is_on = True
         self._dense_reads += len(self._sequences) * (self._task.prompt_len + place)
@@ -81,14 +81,11 @@ class Watch(Watcher):
             self._seconds.append(seconds)
 
     def end(self):
+        self._traffic.close()
         self._mass.end()
         self._pages.count_end()
         self._held.count_end(self._own, self._task.ids.shape[1])
         self._largest = max(self._largest, self._context.allocated_bytes())
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-        self._traffic.close()
 
     def figures(self, judged: Tensor) -> Figures:
         """Called on every rank, with what it judged; see `Judge.sums`."""

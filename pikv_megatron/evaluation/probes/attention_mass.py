@@ -16,7 +16,7 @@ from pikv_megatron.cache.step_rows import CachedSequence
 from pikv_megatron.transformer.context import PiKVInferenceContext
 from pikv_megatron.types import PageList
 
-MOST_SEQUENCES = 8  # of all ranks: their exact keys are remembered
+MOST_SEQUENCES = 16  # of all ranks: their exact keys are remembered
 MOST_STEPS = 8  # of a batch
 
 
@@ -49,7 +49,7 @@ class AttentionMass:
 
     def begin(self, own: Sequence[CachedSequence], length: int) -> None:
         """Watch sequences that are all fed alike, up to `length` tokens."""
-        self._own, self._length, self._past = own, length, 0
+        self._own, self._past = own, 0
         for index, layer in self._layers.items():
             kv = layer.spec.kv
             self._keys[index] = torch.zeros(
@@ -105,12 +105,17 @@ class AttentionMass:
 
     def _remember(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """A step's query [t, np, w] and key [t, ng, w]."""
-        if not self._own:
-            return
-        count = len(key) // len(self._own)
         if index == min(self._layers):
-            self._first, self._past = self._past, self._past + count
-        rows = len(self._own), count
-        self._keys[index][:, self._first : self._past] = key.unflatten(0, rows)
+            self._place_tokens()
+        if len(self._rows):
+            self._keys[index][self._rows, self._positions] = key
         if self.is_probing:
             self._queries[index] = query
+
+    def _place_tokens(self) -> None:
+        """Say once for all layers of a step whose its tokens are, and where they stand."""
+        plan, number = self._context.plan, {s.slot: i for i, s in enumerate(self._own)}
+        rows = [number[row.sequence.slot] for row in plan.rows for _ in range(row.count)]
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        self._positions = plan.tokens.positions[: len(rows)]
+        self._past = max((row.end for row in plan.rows), default=0)
