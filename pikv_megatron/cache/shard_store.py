@@ -38,7 +38,8 @@ class ShardStore:
         has_replicas: whether tokens can be stored in more than one shard.
 
     Attributes:
-        on_read: told of every list of pages that queries read; None: nobody asks.
+        on_read: told what queries read, as asked and as lists of pages and of token buffers; None:
+            nobody asks.
         on_seal: told of the keys, values, page numbers and sequences of pages that were sealed;
             None: nobody asks.
     """
@@ -72,7 +73,7 @@ class ShardStore:
             )
         # What is read where nothing is left out changes with a flush only.
         self._lists: dict[tuple, PageList | torch.Tensor] = {}
-        self.on_read: Callable[[PageList], None] | None = None
+        self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
 
     def reserve(self, num_pages: int) -> None:
@@ -332,11 +333,12 @@ class ShardStore:
             "sealed", kept if reads.is_everything else None,
             lambda: self._sealed(reads, num_columns),
         )
-        if self.on_read is not None:
-            self.on_read(sealed)
-        return sealed, self._kept(
+        opened = self._kept(
             "open", kept if reads.visited is None else None, lambda: self._open(reads)
         )
+        if self.on_read is not None:
+            self.on_read(reads, sealed, opened)
+        return sealed, opened
 
     def _kept(
         self, name: str, key: tuple | None, make: Callable[[], Kept]
