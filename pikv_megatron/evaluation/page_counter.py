@@ -27,7 +27,7 @@ class PageCounter:
 
     def __init__(self, context: PiKVInferenceContext):
         layers = list(context.layers.values())
-        self._num_layers, self._device = len(layers), layers[0].tensors()[0].device
+        self._num_layers, self._device = len(layers), layers[0].spec.kv.device
         # A layer with a sliding window has no pages: its counts stay 0.
         self._stores = {i: x.store for i, x in enumerate(layers) if isinstance(x, LayerCache)}
         self.is_on = False
