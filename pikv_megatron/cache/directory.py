@@ -176,10 +176,16 @@ class PageDirectory:
             self._ledger.clear(row)
         self._sketcher.forget(slot)
 
-    def tensors(self) -> list[torch.Tensor]:
-        own = [*self._buffers.tensors.values(), *self.table.tensors(), *self._ledger.tensors()]
-        kept = [*self.sketch, self._mean_value, self.shard, *self._free.tensors()]
-        return own + self._sketcher.tensors() + [t for t in kept if isinstance(t, torch.Tensor)]
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """All tensors, by what they are for."""
+        kept = [*self.sketch, self._mean_value, *self._sketcher.tensors()]
+        return {
+            "sketches": [t for t in kept if isinstance(t, torch.Tensor)],
+            "sketch buffers": list(self._buffers.tensors.values()),
+            "directory": [
+                *self.table.tensors(), *self._ledger.tensors(), self.shard, *self._free.tensors()
+            ],
+        }
 
     def check_integrity(self) -> None:
         """Every entry is free or belongs to exactly one row."""

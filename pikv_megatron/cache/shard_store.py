@@ -102,12 +102,17 @@ class ShardStore:
     @property
     def drops(self) -> bool:
         """Whether pages are given back before their sequence ends."""
-        return self.retention is not None or self._codec.ageing is not None
+        return self.num_verdicts > 0
+
+    @property
+    def num_verdicts(self) -> int:
+        """Lists of dropped columns that a flush gives: one a level of ageing, one of retention."""
+        return self._num_levels + (self.retention is not None)
 
     def age(self, slots: torch.Tensor, most_pages: int) -> list[torch.Tensor]:
         """Pool older pages of sequences [r]; see `prune` for what is returned, level by level."""
         drops = []
-        for level in range(0 if self._codec.ageing is None else self._codec.ageing.levels):
+        for level in range(self._num_levels):
             self._lists.clear()
             pages = self.table.page[slots, :most_pages]
             pair, drop = pool_level(
@@ -230,10 +235,15 @@ class ShardStore:
         if self.statistics is not None:
             self.statistics.release(slot)
 
-    def tensors(self) -> list[torch.Tensor]:
-        own = [*self.buffers.tensors.values(), *self.table.tensors(), *self._codec.tensors()]
-        statistics = [] if self.statistics is None else self.statistics.tensors()
-        return own + self.ledger.tensors() + self.pool.tensors() + statistics
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """All tensors, by what they are for."""
+        return {
+            "pages": [t for t in self.pool.kv if t is not None],
+            "codecs": self._codec.tensors(),
+            "buffers": list(self.buffers.tensors.values()),
+            "tables": self.table.tensors() + self.ledger.tensors() + self.pool.metadata(),
+            "statistics": [] if self.statistics is None else self.statistics.tensors(),
+        }
 
     def positions(self, slot: int) -> torch.Tensor:
         """Positions of the tokens stored for a sequence, in no order; replicas each count."""
@@ -268,6 +278,11 @@ class ShardStore:
         """Whether any token of a sequence is stored."""
         first = slot * self._shards
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
+
+    @property
+    def _num_levels(self) -> int:
+        """Times that pages are pooled as they age."""
+        return 0 if self._codec.ageing is None else self._codec.ageing.levels
 
     def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
         """Store the pages that became full, and list them."""
