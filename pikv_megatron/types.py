@@ -36,7 +36,18 @@ class SharedRow(NamedTuple):
     value_width: int
 
 
-class KVPages(NamedTuple):
+class _PageTensors(NamedTuple):
+    keys: Tensor
+    values: Tensor | None
+    key_scale: Tensor | None = None
+    key_zero: Tensor | None = None
+    value_scale: Tensor | None = None
+    value_zero: Tensor | None = None
+    log_multiplicity: Tensor | None = None
+    shared: SharedRow | None = None
+
+
+class KVPages(_PageTensors):
     """Pages of S tokens as they are stored.
 
     Keys and values are stored each in their own way: as plain float32, bfloat16 or float16
@@ -67,21 +78,15 @@ class KVPages(NamedTuple):
         shared: where values are columns of the keys; None: they are not.
     """
 
-    keys: Tensor
-    values: Tensor | None
-    key_scale: Tensor | None = None
-    key_zero: Tensor | None = None
-    value_scale: Tensor | None = None
-    value_zero: Tensor | None = None
-    log_multiplicity: Tensor | None = None
-    shared: SharedRow | None = None
-
     @classmethod
     def plain(cls, keys: Tensor, values: Tensor | None, value_width: int) -> "KVPages":
         """Pages of numbers as computed; without values, these are columns of the keys."""
         if values is not None:
             return cls(keys, values)
         return cls(keys, None, shared=SharedRow(keys.shape[2], value_width))
+
+    def __getstate__(self):
+        """A kernel may note addresses in the instance's dict, which are of this process."""
 
     @property
     def page_size(self) -> int:

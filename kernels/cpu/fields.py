@@ -32,14 +32,17 @@ def row_fields(table: torch.Tensor) -> tuple[int, int]:
 
 
 def page_fields(pages: Any) -> list[int]:
-    """Of `KVPages`."""
-    size = pages.page_size
-    keys = _side_fields(pages.keys, pages.key_scale, pages.key_zero, size, 2)
-    if pages.values is None:
-        values = NO_SIDE
-    else:
-        values = _side_fields(pages.values, pages.value_scale, pages.value_zero, size, 3)
-    return keys + values + [address(pages.log_multiplicity)]
+    """Of `KVPages`, noted in it: a pool is asked for them in every layer of every step."""
+    noted = vars(pages)
+    if "fields" not in noted:
+        size = pages.page_size
+        keys = _side_fields(pages.keys, pages.key_scale, pages.key_zero, size, 2)
+        if pages.values is None:
+            values = NO_SIDE
+        else:
+            values = _side_fields(pages.values, pages.value_scale, pages.value_zero, size, 3)
+        noted["fields"] = keys + values + [address(pages.log_multiplicity)]
+    return noted["fields"]
 
 
 def _side_fields(

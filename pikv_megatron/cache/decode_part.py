@@ -1,17 +1,56 @@
 """The rows of a step that feed one token: all of them are attended to at once.
 
-Legend: n rows of this home rank, W places of a window.
+Legend: n rows of this home rank, r of all ranks, W places of a window.
 """
 
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.owner_reads import OwnerReads
-from pikv_megatron.cache.step_rows import RowsByRank, WindowLayout
+from pikv_megatron.cache.step_rows import RowFields, RowsByRank, WindowLayout
 from pikv_megatron.types import PageList
+
+
+class DecodeNumbers(NamedTuple):
+    """What the device is told of decoding rows.
+
+    Attributes:
+        slots: [n], int64, slots in the group.
+        window_slots: [n], int64, slots on this rank.
+        positions: [n], int64, of the new tokens.
+        places: [n], int64, where the windows hold them.
+        window_lens: [n, 1], int32, W.
+        window_mask: [n, 1, W], bool, the places that are read, the new token's among them.
+        all_slots: [r], int64.
+        all_positions: [r], int64.
+    """
+
+    slots: torch.Tensor
+    window_slots: torch.Tensor
+    positions: torch.Tensor
+    places: torch.Tensor
+    window_lens: torch.Tensor
+    window_mask: torch.Tensor
+    all_slots: torch.Tensor
+    all_positions: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, by_rank: list[RowFields], rank: int, first_slot: int, layout: WindowLayout
+    ) -> "DecodeNumbers":
+        """As arrays, of the decoding rows of each rank."""
+        own, positions = by_rank[rank], by_rank[rank].past
+        return cls(
+            own.slot, own.slot - first_slot, positions, layout.place(positions),
+            np.full((len(positions), 1), layout.size, dtype=np.int32),
+            layout.live(own.flushed, own.end)[:, None],
+            np.concatenate([rows.slot for rows in by_rank]),
+            np.concatenate([rows.past for rows in by_rank]),
+        )
 
 
 class SlidingReads(NamedTuple):
@@ -32,72 +71,66 @@ class DecodePart:
     Args:
         rows_by_rank: the decoding rows of each home rank.
         rank: this rank.
-        slots_per_rank: window slots of a rank.
-        layout: the windows' layout.
+        num_sinks: tokens that stay in a window for good.
         footprint: what tokens in shards take on the ranks.
-        device: where the tensors are needed.
+        numbers: of these rows, on the device.
 
     Attributes:
+        numbers: as given.
         counts: rows of each home rank.
         num_rows: n.
-        slots: [n], int64, slots in the group.
-        window_slots: [n], int64, slots on this rank.
-        positions: [n], int64, of the queries.
-        window_reads: one page a row, whose pools are to be filled in.
         reads_shards: some row of some rank has tokens in shards.
         reads_far: some row of some rank has tokens on other ranks.
         most_pages: at least the pages that any row filled on any rank.
     """
 
     def __init__(
-        self, rows_by_rank: RowsByRank, rank: int, slots_per_rank: int, layout: WindowLayout,
-        footprint: Footprint, device: torch.device,
+        self, rows_by_rank: RowsByRank, rank: int, num_sinks: int, footprint: Footprint,
+        numbers: DecodeNumbers,
     ):
-        own = rows_by_rank[rank]
+        self.numbers = numbers
         self.counts = [len(rows) for rows in rows_by_rank]
-        self.num_rows = len(own)
+        self.num_rows = self.counts[rank]
         self._rank = rank
         self._slots_by_rank = [[row.sequence.slot for row in rows] for rows in rows_by_rank]
-        self._positions = [row.end - 1 for rows in rows_by_rank for row in rows]
         flushed = [row.sequence.flushed for rows in rows_by_rank for row in rows]
-        in_shards = max(flushed, default=layout.num_sinks) - layout.num_sinks
+        in_shards = max(flushed, default=num_sinks) - num_sinks
         self.reads_shards = in_shards > 0
         self.reads_far = footprint.is_far(in_shards)
         self.most_pages = footprint.most_pages(in_shards)
-        fields = [[r.sequence.slot, r.sequence.flushed, r.end] for r in own]
-        numbers = torch.tensor(fields, dtype=torch.int64, device=device).view(-1, 3)
-        self.slots, flushed, length = numbers.unbind(1)
-        self.positions = length - 1
-        self.window_slots = self.slots - rank * slots_per_rank
         self._sliding: dict[int, SlidingReads] = {}
-        lens = torch.full((self.num_rows, 1), layout.size, dtype=torch.int32, device=device)
-        # A row's new token is written before it is attended to.
-        mask = layout.live(flushed, length).unsqueeze(1)
-        self.window_reads = PageList(None, self.window_slots.unsqueeze(1), lens, mask)
 
     @property
     def is_anywhere(self) -> bool:
         """Whether any rank has such rows."""
         return any(self.counts)
 
+    @cached_property
+    def window_reads(self) -> PageList:
+        """One page a row, whose pools are to be filled in."""
+        own = self.numbers
+        return PageList(None, own.window_slots.unsqueeze(1), own.window_lens, own.window_mask)
+
     def sliding(self, window: int) -> SlidingReads:
         """What rows read where queries see a sliding window: the same in every such layer."""
         if window not in self._sliding:
-            lens = (self.positions + 1).clamp(max=window).to(torch.int32).unsqueeze(1)
-            self._sliding[window] = SlidingReads(self.positions % window, lens)
+            positions = self.numbers.positions
+            lens = (positions + 1).clamp(max=window).to(torch.int32).unsqueeze(1)
+            self._sliding[window] = SlidingReads(positions % window, lens)
         return self._sliding[window]
 
     @cached_property
     def own_reads(self) -> OwnerReads:
         """All of this rank's rows."""
         key = tuple(self._slots_by_rank[self._rank])
-        return OwnerReads(self.slots, self.most_pages, key, positions=self.positions)
+        own = self.numbers
+        return OwnerReads(own.slots, self.most_pages, key, positions=own.positions)
 
     @cached_property
     def all_reads(self) -> OwnerReads:
         """All rows of all ranks, one rank behind the other."""
         key = tuple(slot for slots in self._slots_by_rank for slot in slots)
-        numbers = torch.tensor(
-            [key, self._positions], dtype=torch.int64, device=self.slots.device
+        every = self.numbers
+        return OwnerReads(
+            every.all_slots, self.most_pages, key, positions=every.all_positions
         )
-        return OwnerReads(numbers[0], self.most_pages, key, positions=numbers[1])

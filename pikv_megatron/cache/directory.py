@@ -11,7 +11,7 @@ import torch
 
 from pikv_megatron.cache.first_pages import fit_new
 from pikv_megatron.cache.free_list import FreeList
-from pikv_megatron.cache.ledger import PageLedger
+from pikv_megatron.cache.ledger import Admission, PageLedger
 from pikv_megatron.cache.page_table import PageTable
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.token_buffer import TokenBuffers
@@ -29,23 +29,22 @@ class PageDirectory:
     Args:
         spec: the layer; its sketch is what is remembered of a page.
         placement: which rank owns which shard.
-        page_size: S.
-        num_slots: sequences of this home rank.
+        ledger: numbers the tokens of all rows; layers that place tokens alike share one.
         max_pages: most pages that one sequence can fill on one rank.
     """
 
     def __init__(
-        self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
-        max_pages: int,
+        self, spec: LayerSpec, placement: Placement, ledger: PageLedger, max_pages: int
     ):
         kv, device = spec.kv, spec.kv.device
+        rows, page_size = len(ledger.num_pages), ledger.page_size
+        num_slots = rows // placement.num_ranks
         self._placement = placement
+        self._ledger = ledger
         self._num_slots = num_slots
         self._page_size = page_size
         self._softmax_scale = spec.softmax_scale
         self._sketcher = spec.options.sketch.build(kv, page_size, num_slots)
-        rows = num_slots * placement.num_ranks
-        self._ledger = PageLedger(rows, placement.shards_per_rank, page_size, device)
         heads = dict(kv.heads)
         self._kv, self._mean_value = kv, None
         if spec.options.selector.tail != "mean":
@@ -86,10 +85,19 @@ class PageDirectory:
         by_page += [self.shard, self._mean_value]
         return growth_bytes(by_page, size, missing) + self._free.growth_bytes(missing)
 
-    def note(self, block: TokenBlock) -> None:
-        """Take down tokens that leave for their shards; `slot` counts over the whole group."""
+    def admit(self, block: TokenBlock, num_pages: int | None = None) -> Admission:
+        """Number tokens, whose `slot` counts over the whole group; `num_pages` as of the ledger."""
+        placement = self._placement
+        slot = block.slot - placement.rank * self._num_slots
+        row = slot * placement.num_ranks + placement.owner(block.shard)
+        group = row * placement.shards_per_rank + placement.local_shard(block.shard)
+        group = torch.where(block.slot >= 0, group, self._ledger.padding_group)
+        return self._ledger.admit(group, num_pages)
+
+    def note(self, block: TokenBlock, admission: Admission) -> None:
+        """Take down tokens that leave for their shards."""
         tokens = {name: getattr(block, name) for name in self._buffers.tensors}
-        admission, pages = self._buffers.insert(self._group(block), tokens)
+        pages = self._buffers.insert(admission, tokens)
         if not pages:
             return
         is_page, row = admission.is_page, admission.page_row
@@ -196,10 +204,3 @@ class PageDirectory:
         shard = self.shard[table]
         directory = Directory(table, is_page, shard, self._placement.num_shards)
         return directory, is_page.flatten(1).int() * self._page_size
-
-    def _group(self, block: TokenBlock) -> torch.Tensor:
-        placement = self._placement
-        slot = block.slot - placement.rank * self._num_slots
-        row = slot * placement.num_ranks + placement.owner(block.shard)
-        group = row * placement.shards_per_rank + placement.local_shard(block.shard)
-        return torch.where(block.slot >= 0, group, self._ledger.padding_group)

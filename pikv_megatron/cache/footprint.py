@@ -5,6 +5,8 @@ The first ones are near, on the home rank, and the others far, spread over all r
 
 from typing import NamedTuple
 
+import numpy as np
+
 from pikv_megatron.cache.placement import Placement
 
 
@@ -44,6 +46,15 @@ class Footprint(NamedTuple):
     def full_pages(self, num_tokens: int, at_home: bool) -> int:
         """Pages that they then fill at least."""
         return self._pages(num_tokens, at_home, rounds_up=False)
+
+    def filled_pages(self, home: int, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """[G]: pages on each rank that the tokens [first, last) [r] of a home rank's sequences
+        fill, where experts have no say."""
+        before, after = (
+            self.placement.tokens_by_shard(home, ends) // self.page_size for ends in (first, last)
+        )
+        by_shard = (after - before).sum(axis=0)
+        return by_shard.reshape(-1, self.placement.num_ranks).sum(axis=0)
 
     def _pages(self, num_tokens: int, at_home: bool, rounds_up: bool) -> int:
         placement, total = self.placement, 0

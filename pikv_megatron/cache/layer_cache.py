@@ -111,11 +111,11 @@ class LayerCache:
         self._chunk = key, value
         first = plan.decode.num_rows
         if first:
-            writes = plan.decode_writes
+            own = plan.decode.numbers
             tokens = (
                 None if x is None else _first(x, first).transpose(0, 1) for x in self._chunk
             )
-            self.window.write(writes.slots, writes.offsets, *tokens)
+            self.window.write(own.window_slots, own.places, *tokens)
 
     def settle(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
         """Flush what leaves the windows and keep what stays, once the experts are known.
@@ -125,8 +125,10 @@ class LayerCache:
                 None where placement does not ask for them.
         """
         if experts is not None and plan.decode.num_rows:
-            writes = plan.decode_writes
-            self.window.write_experts(writes.slots, writes.offsets, experts[: plan.decode.num_rows])
+            own = plan.decode.numbers
+            self.window.write_experts(
+                own.window_slots, own.places, experts[: plan.decode.num_rows]
+            )
         if plan.flush is not None:
             self._flush(plan, experts)
         if plan.prefill.rows:
@@ -135,9 +137,9 @@ class LayerCache:
                 None if x is None else x.index_select(0, writes.source).transpose(0, 1)
                 for x in self._chunk
             )
-            self.window.write(writes.slots, writes.offsets, *tokens)
+            self.window.write(writes.slots, writes.places, *tokens)
             if experts is not None:
-                self.window.write_experts(writes.slots, writes.offsets, experts[writes.source])
+                self.window.write_experts(writes.slots, writes.places, experts[writes.source])
         self._chunk = self._prompts = None
 
     def reserve(self, num_owned: int, num_noted: int) -> None:
@@ -188,7 +190,7 @@ class LayerCache:
         else:
             state, mass = self._attend_everywhere(query, absorbed, window, choice, plan)
         if mass is not None:
-            self.router.learn(part.window_slots, choice.reads.shards, mass)
+            self.router.learn(part.numbers.window_slots, choice.reads.shards, mass)
         if choice.columns is not None and self.directory.keeps_means:
             tail = self.directory.tail(choice.ask, choice.columns)
             state = _merge([state, self._maps.emit(tail)])
@@ -199,7 +201,7 @@ class LayerCache:
             return StepChoice(Reads())
         part = plan.decode
         num_columns = self.store.num_columns(part.most_pages)
-        who = query[:, 0], part.window_slots, part.positions
+        who = query[:, 0], part.numbers.window_slots, part.numbers.positions
         if self.directory is None:
             ask = Ask(*who)
         else:
@@ -218,12 +220,13 @@ class LayerCache:
                 visited=choice.reads.shards, columns=None if columns is None else columns[:, rank]
             )
         # What was held may be of a step in which queries travelled.
-        last = None if self._last_lse is None else self._last_lse[part.window_slots, rank]
+        slots = part.numbers.window_slots
+        last = None if self._last_lse is None else self._last_lse[slots, rank]
         state, shares = self.store.attend_decoding(
             query, reads, [window], last, self._router_learns
         )
         if last is not None:
-            self._last_lse[part.window_slots, rank] = state.lse[:, 0]
+            self._last_lse[slots, rank] = state.lse[:, 0]
         if shares is None:
             return state, None
         mass = shares.new_zeros(len(shares), self._placement.num_shards)
@@ -241,7 +244,8 @@ class LayerCache:
             0 if reads.columns is None else reads.columns.shape[2],
             0 if self._last_lse is None else self.spec.num_heads,
         )
-        last_lse = None if self._last_lse is None else self._last_lse[part.window_slots]
+        slots = part.numbers.window_slots
+        last_lse = None if self._last_lse is None else self._last_lse[slots]
         header = layout.pack(reads, part.own_reads, last_lse, self._placement.num_ranks)
         goes_to, sent = self._visited_ranks(reads), maps.sent(query)
         route = self._dispatcher.post(sent, header, part.counts, goes_to)
@@ -260,7 +264,7 @@ class LayerCache:
             lse = state.lse.expand_as(last_lse)
             if goes_to is not None:
                 lse = torch.where(goes_to.unsqueeze(2), lse, last_lse)
-            self._last_lse[part.window_slots] = lse
+            self._last_lse[slots] = lse
         return state, None if shares is None else _shard_masses(parts[..., width - 1 :], state.lse)
 
     @property
@@ -319,13 +323,15 @@ class LayerCache:
         flush = plan.flush
         block = leaving_tokens(self.window, self._chunk, flush, self._placement, experts)
         if self.directory is not None:
-            self.directory.note(block)
+            noted = flush.once("noted", lambda: self.directory.admit(block, flush.num_noted))
+            self.directory.note(block, noted)
         if flush.goes_far:
             copies = 1 if experts is None else experts.shape[1]
             owner = self._placement.owner(block.shard)
             counts = [count * copies for count in flush.counts]
             block = block.unpacked(self._dispatcher.send(block.packed(), owner, counts))
-        self.store.insert(block)
+        stored = flush.once("stored", lambda: self.store.admit(block, flush.num_stored))
+        self.store.insert(block, stored)
         if self.store.drops:
             if self.store.statistics is not None and self._prompts is not None:
                 self._observe(plan)
@@ -347,21 +353,19 @@ class LayerCache:
         route = self._dispatcher.post(query, told, counts)
         query, told = self._dispatcher.wait(route, query, told)
         query = self._maps.arrived(query)
-        slots = [slot for ranks in plan.prefill.slots_by_rank for slot in ranks]
         lens = [_length(span) for ranks in spans for span in ranks]
         lse = told.contiguous().view(torch.float32)
-        last = [row.last_position for rows in plan.prefill.rows_by_rank for row in rows]
-        where = torch.tensor([slots, last], device=lse.device).t().split(1)
-        for row, *part in zip(where, query.split(lens), lse.split(lens)):
-            reads = OwnerReads(row[:, 0], plan.flush.most_pages, positions=row[:, 1])
+        rows = plan.prefill.numbers
+        where = rows.slots.split(1), rows.last_positions.split(1)
+        for slot, last, *part in zip(*where, query.split(lens), lse.split(lens)):
+            reads = OwnerReads(slot, plan.flush.most_pages, positions=last)
             self.store.observe(*(x.unsqueeze(0) for x in part), reads)
 
     def _prune(self, plan: StepPlan) -> None:
         """Pool old pages, drop those beyond the budget, and tell their homes, which list them
         too."""
         flush = plan.flush
-        every = [slot for slots in flush.slots_by_rank for slot in slots]
-        slots = torch.tensor(every, device=self.spec.kv.device)
+        slots = flush.numbers.all_slots
         drops = self.store.age(slots, flush.most_pages)
         if self.store.retention is not None:
             drops.append(self.store.prune(slots, flush.most_pages))
@@ -371,13 +375,10 @@ class LayerCache:
 
     def _tell_homes(self, drop: torch.Tensor, plan: StepPlan) -> None:
         """Columns [sequences of all ranks, m] that this owner dropped."""
-        slots_by_rank = plan.flush.slots_by_rank
-        own = slots_by_rank[self._placement.rank]
-        first_slot = self._placement.rank * plan.slots_per_rank
-        route = self._dispatcher.everywhere([len(slots) for slots in slots_by_rank])
+        route = self._dispatcher.everywhere(plan.flush.num_sequences)
         words = self._dispatcher.give_back(route, pack_bits(drop), FLUSH_OP)
-        slots = torch.tensor(own, dtype=torch.int64, device=drop.device) - first_slot
-        self.directory.apply(slots, unpack_bits(words, drop.shape[1]).transpose(0, 1))
+        dropped = unpack_bits(words, drop.shape[1]).transpose(0, 1)
+        self.directory.apply(plan.flush.numbers.window_slots, dropped)
 
     def _window_list(self, reads: PageList) -> PageList:
         return reads._replace(pages=self.window.pages)

@@ -5,7 +5,7 @@ Legend: t tokens, w_k and w_v widths, ng KV heads.
 
 import torch
 
-from pikv_megatron.cache.flush_plan import FlushPlan
+from pikv_megatron.cache.flush_plan import FlushNumbers, FlushPlan
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.stream_window import StreamWindow
 from pikv_megatron.cache.tokens import TokenBlock
@@ -21,22 +21,21 @@ def leaving_tokens(
         chunk: keys and values [t, ng, w] of the step; no values where they are columns of keys.
         experts: [t, replicas], chosen for the step's tokens; None where placement does not ask.
     """
+    own = flush.numbers
     keys, values = (
         None if new is None
-        else torch.cat([old, new.index_select(0, flush.chunk_source).transpose(0, 1)], dim=1)
-        for old, new in zip(window.read(flush.window_places), chunk)
+        else torch.cat([old, new.index_select(0, own.chunk_source).transpose(0, 1)], dim=1)
+        for old, new in zip(window.read(own.window_places), chunk)
     )
     if experts is None:
-        shard = placement.shard(flush.position, None)
-        return TokenBlock(
-            keys, values, flush.slot, shard, flush.position, torch.zeros_like(shard)
-        )
-    chosen = torch.cat([window.expert[flush.window_places], experts[flush.chunk_source]])
-    return _replicate(keys, values, flush, placement, chosen.long())
+        shard = flush.once("shard", lambda: placement.shard(own.position, None))
+        return TokenBlock(keys, values, own.slot, shard, own.position, torch.zeros_like(shard))
+    chosen = torch.cat([window.expert[own.window_places], experts[own.chunk_source]])
+    return _replicate(keys, values, own, placement, chosen.long())
 
 
 def _replicate(
-    keys: torch.Tensor, values: torch.Tensor | None, flush: FlushPlan, placement: Placement,
+    keys: torch.Tensor, values: torch.Tensor | None, flush: FlushNumbers, placement: Placement,
     chosen: torch.Tensor,
 ) -> TokenBlock:
     """One row for each of the experts chosen [t, replicas]; a shard met before gets none."""

@@ -14,6 +14,7 @@ class Admission(NamedTuple):
 
     Attributes:
         offset: [t], place in the page or in the token buffer.
+        buffer: [t], group of a token that stays in its buffer; of others, the padding group.
         page: [t], number of the token's page among those of the block; -1: stays in the buffer.
         page_group: [c], group of each page; of padding, some group.
         page_row: [c], row of each page.
@@ -22,6 +23,7 @@ class Admission(NamedTuple):
     """
 
     offset: torch.Tensor
+    buffer: torch.Tensor
     page: torch.Tensor
     page_group: torch.Tensor
     page_row: torch.Tensor
@@ -58,8 +60,12 @@ class PageLedger:
     def padding_group(self) -> int:
         return self.num_tokens.numel() - 1
 
-    def admit(self, group: torch.Tensor) -> Admission:
-        """Number the tokens of `group` [t], those of a group in the order given."""
+    def admit(self, group: torch.Tensor, num_pages: int | None = None) -> Admission:
+        """Number the tokens of `group` [t], those of a group in the order given.
+
+        Args:
+            num_pages: that they fill, if the host knows it.
+        """
         order = torch.argsort(group, stable=True)
         added = torch.zeros_like(self.num_tokens).scatter_add_(0, group, torch.ones_like(group))
         start = torch.cumsum(added, 0) - added
@@ -69,7 +75,7 @@ class PageLedger:
         self.num_tokens += added
         self.num_tokens[-1] = 0
         after = self.num_tokens // self.page_size
-        return self._number_pages(group, index, before, after)
+        return self._number_pages(group, index, before, after, num_pages)
 
     def clear(self, row: int) -> None:
         """Forget a row's tokens and pages."""
@@ -80,11 +86,13 @@ class PageLedger:
     def tensors(self) -> list[torch.Tensor]:
         return [self.num_tokens, self.num_pages]
 
-    def _number_pages(self, group, index, before, after) -> Admission:
+    def _number_pages(self, group, index, before, after, num_pages) -> Admission:
         filled = after - before
         last = torch.cumsum(filled, 0)
         first = last - filled
-        number = torch.arange(self._most_pages(last, group.numel()), device=group.device)
+        if num_pages is None:
+            num_pages = self._most_pages(last, group.numel())
+        number = torch.arange(num_pages, device=group.device)
         is_page = number < last[-1]
         page_group = torch.searchsorted(last, number, right=True).clamp_(max=last.numel() - 2)
         row = page_group // self.groups_per_row
@@ -94,6 +102,7 @@ class PageLedger:
         in_page = index < after[group] * self.page_size
         return Admission(
             offset=index % self.page_size,
+            buffer=torch.where(in_page, self.padding_group, group),
             page=torch.where(in_page, page, -1),
             page_group=page_group,
             page_row=row,

@@ -1,5 +1,6 @@
 """Which shard stores a token, and which rank owns a shard (paper, section 3.1)."""
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -70,6 +71,26 @@ class Placement(BaseModel):
             return shard
         at_home = self.local_shard(shard) * self.num_ranks + self.rank
         return torch.where(position < self.num_sinks + self.shard_after, at_home, shard)
+
+    def tokens_by_shard(self, home: int, length: np.ndarray) -> np.ndarray:
+        """[r, N]: tokens [num_sinks, length) of sequences [r] of a home rank, by their shard, where
+        experts have no say."""
+        sinks, far = self.num_sinks, np.asarray(length)
+        if self.shard_after == 0 or self.num_ranks == 1:
+            return self._hashed(far) - self._hashed(sinks)
+        border = sinks + self.shard_after
+        counts = self._hashed(np.maximum(far, border)) - self._hashed(border)
+        near = self._hashed(np.minimum(far, border)) - self._hashed(sinks)
+        at_home = near.reshape(len(near), self.shards_per_rank, self.num_ranks).sum(axis=2)
+        counts[:, home :: self.num_ranks] += at_home
+        return counts
+
+    def _hashed(self, length: np.ndarray | int) -> np.ndarray:
+        """[..., N]: tokens [0, length) by the hash of their positions."""
+        period = self.token_shards * self.hash_block
+        whole, rest = np.divmod(np.asarray(length)[..., None], period)
+        first = np.arange(self.token_shards) * self.hash_block
+        return whole * self.hash_block + np.clip(rest - first, 0, self.hash_block)
 
     def owner(self, shard: torch.Tensor) -> torch.Tensor:
         return shard % self.num_ranks

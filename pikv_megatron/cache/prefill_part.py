@@ -1,16 +1,53 @@
 """The rows of a step that feed several tokens: prompts, pieces of prompts and next turns.
 
 Each has its own length, so they are attended to one by one.
+
+Legend: n rows of this home rank, r of all ranks, W places of a window.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.owner_reads import OwnerReads
-from pikv_megatron.cache.step_rows import RowsByRank, StepRow, WindowLayout
+from pikv_megatron.cache.step_rows import RowFields, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.types import PageList
+
+
+class PrefillNumbers(NamedTuple):
+    """What the device is told of prefill rows.
+
+    Attributes:
+        slots: [r], int64, slots in the group of all ranks' rows.
+        last_positions: [r], int64, of their last tokens.
+        window_slots: [n], int64, slots on this rank of its own rows.
+        window_lens: [n, 1], int32, W.
+        window_mask: [n, 1, W], bool, the places that hold their past.
+    """
+
+    slots: torch.Tensor
+    last_positions: torch.Tensor
+    window_slots: torch.Tensor
+    window_lens: torch.Tensor
+    window_mask: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, by_rank: list[RowFields], rank: int, first_slot: int, layout: WindowLayout
+    ) -> "PrefillNumbers":
+        """As arrays, of the prefill rows of each rank."""
+        own = by_rank[rank]
+        return cls(
+            np.concatenate([rows.slot for rows in by_rank]),
+            np.concatenate([rows.end - 1 for rows in by_rank]),
+            own.slot - first_slot,
+            np.full((len(own.slot), 1), layout.size, dtype=np.int32),
+            layout.live(own.flushed, own.past)[:, None],
+        )
 
 
 @dataclass
@@ -29,11 +66,6 @@ class PrefillRow:
     reads: OwnerReads | None
     is_far: bool
 
-    @property
-    def last_position(self) -> int:
-        """Of its tokens."""
-        return self.past + self.tokens.stop - self.tokens.start - 1
-
 
 class PrefillPart:
     """What prefill rows read.
@@ -41,24 +73,23 @@ class PrefillPart:
     Arguments are as of `DecodePart`.
 
     Attributes:
+        numbers: as given; None where no rank has such rows.
         rows: of this rank.
         rows_by_rank: of each home rank.
         lens: tokens of this rank's rows.
         reads_far: some row of some rank has tokens on other ranks.
-        slots_by_rank: slots in the group of each home rank's rows.
     """
 
     def __init__(
-        self, rows_by_rank: RowsByRank, rank: int, slots_per_rank: int, layout: WindowLayout,
-        footprint: Footprint, device: torch.device,
+        self, rows_by_rank: RowsByRank, rank: int, num_sinks: int, footprint: Footprint,
+        numbers: PrefillNumbers | None,
     ):
-        self._layout, self._footprint, self._device = layout, footprint, device
-        self._first_slot = rank * slots_per_rank
-        self._step_rows = rows_by_rank[rank]
-        self.rows_by_rank = [self._prefill_rows(rows) for rows in rows_by_rank]
+        self.numbers = numbers
+        self._num_sinks, self._footprint = num_sinks, footprint
+        slots = iter(() if numbers is None else numbers.slots.split(1))
+        self.rows_by_rank = [self._prefill_rows(rows, slots) for rows in rows_by_rank]
         self.rows = self.rows_by_rank[rank]
         self.lens = [row.count for row in rows_by_rank[rank]]
-        self.slots_by_rank = [[row.sequence.slot for row in rows] for rows in rows_by_rank]
         self.reads_far = any(row.is_far for rows in self.rows_by_rank for row in rows)
 
     @property
@@ -68,12 +99,11 @@ class PrefillPart:
 
     def window_reads(self, index: int) -> PageList:
         """What row `index` of this rank reads of its window, whose pools are to be filled in."""
-        row = self._step_rows[index]
-        numbers = [row.sequence.slot - self._first_slot, row.sequence.flushed, row.past]
-        slot, flushed, length = torch.tensor(numbers, device=self._device).unsqueeze(1).unbind(0)
-        lens = torch.full((1, 1), self._layout.size, dtype=torch.int32, device=self._device)
-        mask = self._layout.live(flushed, length).unsqueeze(1)
-        return PageList(None, slot.unsqueeze(1), lens, mask)
+        row = slice(index, index + 1)
+        own = self.numbers
+        return PageList(
+            None, own.window_slots[row].unsqueeze(1), own.window_lens[row], own.window_mask[row]
+        )
 
     def last_tokens(self, num_tokens: int) -> list[list[slice]]:
         """The last `num_tokens` tokens of every row, fewer of a shorter one, by home rank."""
@@ -83,18 +113,17 @@ class PrefillPart:
             for rows in self.rows_by_rank
         ]
 
-    def _prefill_rows(self, rows: list[StepRow]) -> list[PrefillRow]:
+    def _prefill_rows(
+        self, rows: list[StepRow], slots: Iterator[torch.Tensor]
+    ) -> list[PrefillRow]:
         found, first = [], 0
-        for row in rows:
+        for row, slot in zip(rows, slots):
             tokens = slice(first, first + row.count)
-            in_shards = row.sequence.flushed - self._layout.num_sinks
-            reads = self._reads(row.sequence.slot, in_shards)
+            in_shards = row.sequence.flushed - self._num_sinks
+            reads = None
+            if in_shards > 0:
+                most_pages = self._footprint.most_pages(in_shards)
+                reads = OwnerReads(slot, most_pages, (row.sequence.slot,))
             found.append(PrefillRow(tokens, row.past, reads, self._footprint.is_far(in_shards)))
             first = tokens.stop
         return found
-
-    def _reads(self, slot: int, in_shards: int) -> OwnerReads | None:
-        if in_shards <= 0:
-            return None
-        slots = torch.tensor([slot], dtype=torch.int64, device=self._device)
-        return OwnerReads(slots, self._footprint.most_pages(in_shards), (slot,))

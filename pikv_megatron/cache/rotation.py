@@ -20,6 +20,7 @@ class Rotation:
         self, angles: torch.Tensor, scale: float, is_interleaved: bool, dtype: torch.dtype
     ):
         self._is_interleaved = is_interleaved
+        angles = angles.unsqueeze(1)
         self._cos, sin = ((f(angles) * scale).to(dtype) for f in (torch.cos, torch.sin))
         # (x, y) turns into (x cos - y sin, y cos + x sin).
         pairs = self._pairs(sin)
@@ -27,18 +28,18 @@ class Rotation:
         self._signed_sin = sin
 
     def apply(self, heads: torch.Tensor) -> torch.Tensor:
-        """Heads [t, heads, hn], rotated."""
-        width = self._cos.shape[2]
-        if width < heads.shape[2]:
-            turned, rest = heads.split([width, heads.shape[2] - width], dim=2)
-            return torch.cat([self.apply(turned), rest], dim=2)
+        """Heads [t, groups, heads of a group, hn], rotated."""
+        width = self._cos.shape[3]
+        if width < heads.shape[3]:
+            turned, rest = heads.split([width, heads.shape[3] - width], dim=3)
+            return torch.cat([self.apply(turned), rest], dim=3)
         return torch.addcmul(heads * self._cos, self._swapped(heads), self._signed_sin)
 
     def _swapped(self, heads: torch.Tensor) -> torch.Tensor:
         """Each channel's partner in its place."""
         if self._is_interleaved:
-            return heads.unflatten(2, (-1, 2)).flip(3).flatten(2)
-        return heads.roll(heads.shape[2] // 2, dims=2)
+            return heads.unflatten(3, (-1, 2)).flip(4).flatten(3)
+        return heads.roll(heads.shape[3] // 2, dims=3)
 
     def _pairs(self, x: torch.Tensor) -> torch.Tensor:
         """[..., w] as [..., 2, w / 2], a view."""

@@ -32,8 +32,7 @@ class ShardStore:
     Args:
         spec: the layer.
         placement: which shards this rank owns.
-        page_size: S.
-        num_slots: sequence slots of the whole group.
+        ledger: numbers the tokens of all slots; layers that place tokens alike share one.
         max_pages: most pages that one sequence can fill on this rank.
         has_replicas: whether tokens can be stored in more than one shard.
 
@@ -44,22 +43,25 @@ class ShardStore:
     """
 
     def __init__(
-        self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
-        max_pages: int, has_replicas: bool,
+        self, spec: LayerSpec, placement: Placement, ledger: PageLedger, max_pages: int,
+        has_replicas: bool,
     ):
         options, kv = spec.options, spec.kv
         self.placement = placement
-        self.page_size = page_size
-        self.num_slots = num_slots
+        self.ledger = ledger
+        self.page_size = page_size = ledger.page_size
+        self.num_slots = num_slots = len(ledger.num_pages)
         self.retention = options.retention.build()
         self._budget, self._kv = options.budget, kv
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
         self.pool = PagePool(self._codec, page_size, has_replicas, kv.device)
-        self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
         self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
+        self._open_pages = KVPages.plain(
+            self.buffers.tensors["keys"], self.buffers.tensors.get("values"), kv.value_width
+        )
         self.table = PageTable(num_slots, max_pages, kv.device)
         self.statistics = None
         if options.retention.needs_mass:
@@ -115,7 +117,13 @@ class ShardStore:
             drops.append(drop)
         return drops
 
-    def insert(self, block: TokenBlock) -> None:
+    def admit(self, block: TokenBlock, num_pages: int | None = None) -> Admission:
+        """Number tokens; `num_pages` as of the ledger."""
+        mine = (block.slot >= 0) & (self.placement.owner(block.shard) == self.placement.rank)
+        group = block.slot * self._shards + self.placement.local_shard(block.shard)
+        return self.ledger.admit(torch.where(mine, group, self.ledger.padding_group), num_pages)
+
+    def insert(self, block: TokenBlock, admission: Admission) -> None:
         """Append tokens to their buffers, sealing every buffer that fills up: O(t)."""
         if block.slot.numel() == 0:
             return
@@ -123,7 +131,7 @@ class ShardStore:
         tokens = {name: getattr(block, name) for name in (*self._kv.heads, "position")}
         if self.pool.earlier_shards is not None:
             tokens["earlier"] = block.earlier_shards
-        admission, pages = self.buffers.insert(self._group(block), tokens)
+        pages = self.buffers.insert(admission, tokens)
         if pages:
             self._seal(admission, pages)
 
@@ -258,11 +266,6 @@ class ShardStore:
         first = slot * self._shards
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
 
-    def _group(self, block: TokenBlock) -> torch.Tensor:
-        mine = (block.slot >= 0) & (self.placement.owner(block.shard) == self.placement.rank)
-        group = block.slot * self._shards + self.placement.local_shard(block.shard)
-        return torch.where(mine, group, self.ledger.padding_group)
-
     def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
         """Store the pages that became full, and list them."""
         self.reserve(admission.is_page.numel())
@@ -380,8 +383,7 @@ class ShardStore:
         mask = None
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(tensors["earlier"][table], visited)
-        pages = KVPages.plain(tensors["keys"], tensors.get("values"), self._kv.value_width)
-        return PageList(pages, table, lens.int(), mask)
+        return PageList(self._open_pages, table, lens.int(), mask)
 
 
 def _is_first_replica(earlier: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:

@@ -86,7 +86,7 @@ class SlidingCache:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StepPlan
     ) -> AttentionState:
         """Tokens [n, ..] of the rows that decode; each is written before it attends."""
-        slots, (places, lens) = plan.decode.window_slots, plan.decode.sliding(self._window)
+        slots, (places, lens) = plan.decode.numbers.window_slots, plan.decode.sliding(self._window)
         append_kv(key.transpose(0, 1), value.transpose(0, 1), self.keys, self.values, slots, places)
         pages = KVPages(self.keys, self.values)
         reads = PageList(pages, slots.unsqueeze(1), lens)

@@ -6,14 +6,38 @@ those of rows that decode, one each, then those of prompts.
 Legend: n rows of this home rank, t tokens of them, T tokens of the forward pass, padding included.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
-from pikv_megatron.cache.decode_part import DecodePart
-from pikv_megatron.cache.flush_plan import flushed_after, plan_flush, plan_writes
+from pikv_megatron.cache.decode_part import DecodeNumbers, DecodePart
+from pikv_megatron.cache.flush_plan import FlushNumbers, FlushPlan, WriteNumbers, flushed_after
 from pikv_megatron.cache.footprint import Footprint
-from pikv_megatron.cache.prefill_part import PrefillPart
+from pikv_megatron.cache.one_copy import to_device
+from pikv_megatron.cache.prefill_part import PrefillNumbers, PrefillPart
 from pikv_megatron.cache.rotation import Rotation
-from pikv_megatron.cache.step_rows import RowsByRank, WindowLayout
+from pikv_megatron.cache.step_rows import RowFields, RowsByRank, Spans, WindowLayout
+
+
+class TokenNumbers(NamedTuple):
+    """What the device is told of a step's tokens.
+
+    Attributes:
+        positions: [T], int64, 0 for padding.
+        last_tokens: [n], int64, each row's last token.
+    """
+
+    positions: torch.Tensor
+    last_tokens: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: RowFields, num_padded: int) -> "TokenNumbers":
+        """As arrays, of this rank's rows."""
+        positions = np.zeros(num_padded, dtype=np.int64)
+        own = Spans.of(rows.past, rows.end).number
+        positions[: len(own)] = own
+        return cls(positions, rows.first_token + rows.end - rows.past - 1)
 
 
 class StepPlan:
@@ -30,17 +54,14 @@ class StepPlan:
 
     Attributes:
         window: tokens that stay at home, the last ones.
-        slots_per_rank: as given.
         first_slot: in the group, of this rank.
         rows: of this rank, decoding ones first: the order of its tokens.
         num_tokens: t.
         num_padded: T, at least 1.
-        positions: [T], int64, 0 for padding.
-        last_tokens: [n], int64, each row's last token.
+        tokens: of this rank.
         decode: the rows that feed one token.
-        prefill: the others.
-        decode_writes: the decoding rows' new tokens, all of which go to the window.
-        prefill_writes: the prompts' tokens that stay there.
+        prefill: those that feed several.
+        prefill_writes: what stays of these in the windows; None where no rank has any.
         flush: what leaves the windows, None where nothing leaves any rank.
     """
 
@@ -49,31 +70,40 @@ class StepPlan:
         footprint: Footprint, device: torch.device, pads_evenly: bool,
     ):
         self._rows_by_rank = [sorted(rows, key=lambda r: not r.is_decode) for rows in rows_by_rank]
-        self._layout = layout
-        self.window, self.slots_per_rank = layout.window, slots_per_rank
+        self.window = layout.window
         self._rotary: tuple | None = None
         self.rows = self._rows_by_rank[rank]
         counts = [sum(row.count for row in rows) for rows in rows_by_rank]
         self.num_tokens = counts[rank]
         self.num_padded = max(1, *counts) if pads_evenly else max(1, self.num_tokens)
-        self._place_tokens(device)
+        self.first_slot = first_slot = rank * slots_per_rank
         decoding, prompts = (
-            [[r for r in rows if r.is_decode == kind] for rows in self._rows_by_rank]
+            [[row for row in rows if row.is_decode == kind] for rows in self._rows_by_rank]
             for kind in (True, False)
         )
-        common = rank, slots_per_rank, layout, footprint, device
-        self.decode, self.prefill = DecodePart(decoding, *common), PrefillPart(prompts, *common)
-        self._decode_flushes = any(
-            row.end - row.sequence.flushed >= layout.ring for rows in decoding for row in rows
-        )
-        self.first_slot = first_slot = rank * slots_per_rank
-        self.flush = plan_flush(
-            self._rows_by_rank, rank, first_slot, self._decode_flushes, layout, footprint, device
-        )
-        self.decode_writes = plan_writes(decoding[rank], 0, first_slot, layout, device)
-        self.prefill_writes = plan_writes(
-            prompts[rank], self.decode.num_rows, first_slot, layout, device
-        )
+        fields, sinks = [RowFields.of(rows) for rows in self._rows_by_rank], layout.num_sinks
+        first = [rows.first(len(own)) for rows, own in zip(fields, decoding)]
+        rest = [rows.behind(len(own)) for rows, own in zip(fields, decoding)]
+        self._ends = flushed_after(first, rest, layout)
+        feeds_prompts = any(prompts)
+        leaves = any((end > rows.flushed).any() for end, rows in zip(self._ends, fields))
+
+        here = rank, first_slot, layout
+        host = [TokenNumbers.of(fields[rank], self.num_padded), DecodeNumbers.of(first, *here)]
+        if feeds_prompts:
+            host.append(PrefillNumbers.of(rest, *here))
+            host.append(WriteNumbers.of(rest[rank], len(decoding[rank]), first_slot, layout))
+        if leaves:
+            host.append(FlushNumbers.of(fields, self._ends, *here))
+        moved = iter(to_device(host, device))
+        self.tokens = next(moved)
+        self.decode = DecodePart(decoding, rank, sinks, footprint, next(moved))
+        numbers = next(moved) if feeds_prompts else None
+        self.prefill = PrefillPart(prompts, rank, sinks, footprint, numbers)
+        self.prefill_writes = next(moved) if feeds_prompts else None
+        self.flush = None
+        if leaves:
+            self.flush = FlushPlan(fields, self._ends, footprint, next(moved))
 
     def rotary(
         self, table: torch.Tensor, mscale: float, is_interleaved: bool, dtype: torch.dtype
@@ -87,19 +117,13 @@ class StepPlan:
             dtype: of what is rotated.
         """
         if self._rotary is None or self._rotary[0] is not table:
-            angles = table[self.positions[: self.num_tokens], 0]
+            angles = table[self.tokens.positions[: self.num_tokens], 0]
             self._rotary = table, Rotation(angles, mscale, is_interleaved, dtype)
         return self._rotary[1]
 
     def finish(self) -> None:
         """Move every sequence on, after the last layer."""
-        for row in (row for rows in self._rows_by_rank for row in rows):
-            row.sequence.length = row.end
-            row.sequence.flushed = flushed_after(row, self._decode_flushes, self._layout)
+        for rows, ends in zip(self._rows_by_rank, self._ends):
+            for row, end in zip(rows, ends.tolist()):
+                row.sequence.length, row.sequence.flushed = row.end, end
 
-    def _place_tokens(self, device: torch.device) -> None:
-        spans = [torch.arange(row.past, row.end) for row in self.rows]
-        padding = torch.zeros(self.num_padded - self.num_tokens, dtype=torch.int64)
-        self.positions = torch.cat([*spans, padding]).to(device)
-        ends = torch.tensor([row.count for row in self.rows], dtype=torch.int64).cumsum(0)
-        self.last_tokens = (ends - 1).to(device)

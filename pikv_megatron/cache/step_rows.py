@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import torch
+import numpy as np
 
 
 @dataclass
@@ -48,6 +49,66 @@ class StepRow:
 RowsByRank = Sequence[Sequence[StepRow]]
 
 
+class RowFields(NamedTuple):
+    """Some rows of a step as arrays [r], int64, on the host.
+
+    Attributes:
+        slot: of its sequence, in the group.
+        flushed: tokens [num_sinks, flushed) lie in shards before the step.
+        past: tokens that are cached before.
+        end: tokens that are cached after.
+    """
+
+    slot: np.ndarray
+    flushed: np.ndarray
+    past: np.ndarray
+    end: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[StepRow]) -> "RowFields":
+        fields = [(row.sequence.slot, row.sequence.flushed, row.past, row.end) for row in rows]
+        return cls(*np.array(fields, dtype=np.int64).reshape(-1, 4).T)
+
+    def first(self, count: int) -> "RowFields":
+        return RowFields(*(x[:count] for x in self))
+
+    def behind(self, count: int) -> "RowFields":
+        return RowFields(*(x[count:] for x in self))
+
+    @property
+    def is_decode(self) -> np.ndarray:
+        return self.end - self.past == 1
+
+    @property
+    def first_token(self) -> np.ndarray:
+        """Of each row, among the tokens of all."""
+        return self.end.cumsum() - self.past.cumsum() - (self.end - self.past)
+
+
+class Spans(NamedTuple):
+    """Runs of numbers, one behind the other: arrays [x], int64.
+
+    Attributes:
+        run: which run a number belongs to.
+        number: itself.
+    """
+
+    run: np.ndarray
+    number: np.ndarray
+
+    @classmethod
+    def of(cls, first: np.ndarray, last: np.ndarray) -> "Spans":
+        """The runs [first, last); one whose last is not larger is empty.
+
+        Example:
+            First 3, 7, 0 and last 5, 7, 1: runs 0, 0, 2 and numbers 3, 4, 0.
+        """
+        counts = np.maximum(last - first, 0)
+        run = np.repeat(np.arange(len(counts)), counts)
+        shift = first - (counts.cumsum() - counts)
+        return cls(run, np.arange(len(run)) + shift[run])
+
+
 @dataclass(frozen=True)
 class WindowLayout:
     """Places of a stream window: sinks first, then a ring of `window` + `flush_interval`."""
@@ -64,16 +125,15 @@ class WindowLayout:
     def size(self) -> int:
         return self.num_sinks + self.ring
 
-    def place(self, position: torch.Tensor) -> torch.Tensor:
+    def place(self, position: np.ndarray) -> np.ndarray:
         """Where a window holds each position."""
-        ring = self.num_sinks + (position - self.num_sinks) % self.ring
-        return torch.where(position < self.num_sinks, position, ring)
+        sinks = self.num_sinks
+        return np.where(position < sinks, position, sinks + (position - sinks) % self.ring)
 
-    def live(self, flushed: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    def live(self, flushed: np.ndarray, length: np.ndarray) -> np.ndarray:
         """[n, size], bool: places that hold tokens of [0, num_sinks) or [flushed, length), for
         flushed [n] and length [n]."""
-        device = flushed.device
-        sink_live = torch.arange(self.num_sinks, device=device) < length.unsqueeze(1)
-        step = torch.arange(self.ring, device=device) + self.num_sinks - flushed.unsqueeze(1)
-        is_live = step % self.ring < (length - flushed).unsqueeze(1)
-        return torch.cat([sink_live, is_live], dim=1)
+        places = np.arange(self.size)
+        flushed, length = flushed[:, None], length[:, None]
+        is_in_ring = (places - flushed) % self.ring < length - flushed
+        return np.where(places < self.num_sinks, places < length, is_in_ring)

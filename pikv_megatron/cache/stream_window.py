@@ -15,6 +15,7 @@ class StreamWindow:
     Attributes:
         keys: [ng, slots, num_sinks + capacity, w_k].
         values: [ng, slots, num_sinks + capacity, w_v]; None where they are columns of the keys.
+        pages: the same as a pool, a page a sequence.
         expert: [slots * (num_sinks + capacity), replicas], int16, the experts that the layer's
             router chose for a token, best first; None where placement does not ask for it.
     """
@@ -28,7 +29,7 @@ class StreamWindow:
             for name, (ng, width) in kv.heads.items()
         }
         self.keys, self.values = stored["keys"], stored.get("values")
-        self._value_width = kv.value_width
+        self.pages = KVPages.plain(self.keys, self.values, kv.value_width)
         self.expert = None
         if num_experts_kept:
             self.expert = torch.zeros(
@@ -52,11 +53,6 @@ class StreamWindow:
         """Leave nothing behind that is not finite: the next sequence reads around it."""
         read_last = self.keys if self.values is None else self.values
         read_last[:, slot] = 0.0
-
-    @property
-    def pages(self) -> KVPages:
-        """Every sequence's ring as a page."""
-        return KVPages.plain(self.keys, self.values, self._value_width)
 
     def read(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values [ng, t, w] at flat places [t]."""

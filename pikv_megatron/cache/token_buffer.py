@@ -40,28 +40,27 @@ class TokenBuffers:
         }
 
     def insert(
-        self, group: torch.Tensor, tokens: Mapping[str, torch.Tensor]
-    ) -> tuple[Admission, dict[str, torch.Tensor]]:
+        self, admission: Admission, tokens: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Append tokens to their groups.
 
         Args:
-            group: [t], int64; the ledger's padding group for tokens that are not to be kept.
+            admission: where they go.
             tokens: by name, [ng, t, hn] or [t].
 
         Returns:
-            Where they went, and the pages that became full, by name, [ng, c, S, hn] or [c, S].
+            The pages that became full, by name, [ng, c, S, hn] or [c, S].
         """
-        admission = self.ledger.admit(group)
         pages = {}
         if admission.is_page.numel():
             pages = {
                 name: _assemble(self.tensors[name], new, admission) for name, new in tokens.items()
             }
-        group = torch.where(admission.page < 0, group, self.ledger.padding_group)
+        place = admission.buffer, admission.offset
         for name, new in tokens.items():
-            index = (slice(None),) * _group_dim(self.tensors[name]) + (group, admission.offset)
+            index = (slice(None),) * _group_dim(self.tensors[name]) + place
             self.tensors[name][index] = new.to(self.tensors[name].dtype)
-        return admission, pages
+        return pages
 
     def lens(self, group: torch.Tensor) -> torch.Tensor:
         """Tokens in the open page of each group [...]."""

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import (
 
 from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.block_spec import has_transformer_engine, layer_spec
+from pikv_megatron.transformer.plain_linears import make_plain
 from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
 
 __all__ = ["GPTConfig", "build_model", "identity", "layer_spec", "transformer_config"]
@@ -144,6 +145,7 @@ def build_model(
     )
     for parameter in model.parameters():  # torch's norms make float32 weights, whatever is asked
         parameter.data = parameter.data.to(dtype)
+    make_plain(model.output_layer)
     return model.eval()
 
 

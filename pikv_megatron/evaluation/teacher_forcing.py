@@ -88,9 +88,10 @@ class TeacherForcing:
         fed = torch.zeros(1, plan.num_padded, dtype=torch.int64)
         fed[0, : plan.num_tokens] = self.own(ids).flatten()
         logits = self._model(
-            fed.to(self.device), plan.positions.unsqueeze(0), None, inference_context=context,
+            fed.to(self.device), plan.tokens.positions.unsqueeze(0), None,
+            inference_context=context,
             runtime_gather_output=True,
-        )[0, plan.last_tokens, : self._vocab_size]
+        )[0, plan.tokens.last_tokens, : self._vocab_size]
         context.finish_step()
         self._on_step()
         return logits.float().cpu()

@@ -43,7 +43,7 @@ class ModelRunner:
         ids, last = self._token_ids(plan, own), self._last_tokens(plan, own)
         with self._only(last):
             logits = self.model(
-                ids.to(device), plan.positions.unsqueeze(0), None,
+                ids.to(device), plan.tokens.positions.unsqueeze(0), None,
                 inference_context=self.context, runtime_gather_output=True,
             )
         self.context.finish_step()
@@ -61,7 +61,7 @@ class ModelRunner:
         """[m], places of the last tokens of feeds that are whole."""
         row_of = {row.sequence.slot: number for number, row in enumerate(plan.rows)}
         rows = [row_of[feed.sequence.cached.slot] for feed in own if feed.is_whole]
-        return plan.last_tokens[torch.tensor(rows, dtype=torch.int64)]
+        return plan.tokens.last_tokens[torch.tensor(rows, dtype=torch.int64)]
 
     @contextmanager
     def _only(self, last: torch.Tensor) -> Iterator[None]:

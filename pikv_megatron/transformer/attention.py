@@ -6,6 +6,7 @@ heads, hn head width, h hidden size.
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 
 from pikv_megatron.transformer.cached_attention import CachedAttention, by_row
 from pikv_megatron.transformer.layer_shapes import sliding_window
@@ -24,20 +25,42 @@ class PiKVSelfAttention(CachedAttention, SelfAttention):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         sliding_window(config, self.layer_number)
+        norms = self.q_layernorm, self.k_layernorm
+        self._is_plain = (
+            all(isinstance(norm, (IdentityOp, type(None))) for norm in norms)
+            and self.world_size == 1
+        )
 
     def _attend(self, hidden_states, rotary_pos_emb, context, plan, layer):
-        states = self.get_query_key_value_tensors(hidden_states)[:3]
-        query, key, value = (by_row(x, plan.num_tokens) for x in states)
-        query, key = self._rotate(query, key, rotary_pos_emb, plan)
+        query, key, value = self._project(hidden_states, rotary_pos_emb, plan)
         # Of the softmax's own logits it has one a head, learned, that is no token's.
         sink = getattr(self.core_attention, "softmax_offset", None)
         return layer.attend(query, key, value, plan, sink)
 
-    def _rotate(self, query, key, rotary_pos_emb, plan):
-        """RoPE (arXiv 2104.09864) at each row's own positions; keys are stored rotated."""
+    def _project(self, hidden_states, rotary_pos_emb, plan):
+        """Query [t, np, hn], key and value [t, ng, hn] of the step's tokens, rotated."""
+        rotation = self._rotation(rotary_pos_emb, plan, hidden_states.dtype)
+        hn, ng = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
+        if self._is_plain:
+            # A KV head's queries come first, then its key and its value.
+            mixed = by_row(self.linear_qkv(hidden_states)[0], plan.num_tokens)
+            heads = mixed.unflatten(1, (ng, -1, hn))
+            value = heads[:, :, -1]
+            heads = heads[:, :, :-1]
+        else:
+            states = self.get_query_key_value_tensors(hidden_states)[:3]
+            query, key, value = (by_row(x, plan.num_tokens) for x in states)
+            heads = torch.cat([query.unflatten(1, (ng, -1)), key.unsqueeze(2)], dim=2)
+        if rotation is not None:
+            heads = rotation.apply(heads)
+        return heads[:, :, :-1].flatten(1, 2), heads[:, :, -1], value
+
+    def _rotation(self, rotary_pos_emb, plan, dtype):
+        """RoPE (arXiv 2104.09864) at each row's own positions, None without; keys are stored
+        rotated."""
         no_rope = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
         if rotary_pos_emb is None or no_rope:
-            return query, key
+            return None
         if isinstance(rotary_pos_emb, tuple):
             query_table, key_table = rotary_pos_emb
             if query_table is not key_table:
@@ -47,8 +70,6 @@ class PiKVSelfAttention(CachedAttention, SelfAttention):
                 )
             rotary_pos_emb = query_table
             if rotary_pos_emb is None:
-                return query, key
+                return None
         mscale = _yarn_get_concentration_factor_from_config(self.config)
-        rotation = plan.rotary(rotary_pos_emb, mscale, self.config.rotary_interleaved, query.dtype)
-        heads = rotation.apply(torch.cat([query, key], dim=1))
-        return heads.split([query.shape[1], key.shape[1]], dim=1)
+        return plan.rotary(rotary_pos_emb, mscale, self.config.rotary_interleaved, dtype)

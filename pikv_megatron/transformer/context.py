@@ -11,6 +11,7 @@ from pydantic import ByteSize
 from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.layer_cache import LayerCache
+from pikv_megatron.cache.ledger import PageLedger
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.sliding_cache import SlidingCache
@@ -64,6 +65,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False
         self._rotary_table: tuple[torch.Tensor, float] | None = None
+        self._shared_ledgers: tuple[PageLedger, PageLedger] | None = None
         self.layers = {spec.number: self._new_layer(spec) for spec in specs}
 
     @classmethod
@@ -88,6 +90,11 @@ class PiKVInferenceContext(StaticInferenceContext):
     def keeps_experts(self) -> int:
         """Experts that are remembered for each token of a window; 0 without expert shards."""
         return self.pikv_config.replicas if self.pikv_config.expert_shards > 1 else 0
+
+    @property
+    def decode_counts(self) -> list[int] | None:
+        """Tokens that each rank feeds in this step; None where some rank feeds a prompt."""
+        return None if self.plan.prefill.is_anywhere else self.plan.decode.counts
 
     def start(self, home_rank: int) -> CachedSequence:
         """Begin a sequence on a home rank. Called on every rank, in the same order.
@@ -172,8 +179,8 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def allocated_bytes(self) -> int:
         """Bytes of every tensor of this rank's cache, metadata included."""
-        tensors = (t for layer in self.layers.values() for t in layer.tensors())
-        return sum(t.numel() * t.element_size() for t in tensors)
+        tensors = {id(t): t for layer in self.layers.values() for t in layer.tensors()}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def check_integrity(self) -> None:
         """No page is lost or held twice, and only live sequences hold any."""
@@ -236,19 +243,26 @@ class PiKVInferenceContext(StaticInferenceContext):
     def _new_layer(self, spec: LayerSpec) -> LayerCache | SlidingCache:
         if spec.sliding_window is not None:
             return SlidingCache(spec, self.max_batch_size)
-        page_size, slots = self.pikv_config.page_size, self.max_batch_size
+        slots = self.max_batch_size
         max_pages = self._footprint.most_pages(self.max_sequence_length)
         window = StreamWindow(spec.kv, slots, self.layout.size, self.keeps_experts)
-        store = ShardStore(
-            spec, self.placement, page_size, slots * self.num_ranks, max_pages,
-            self.keeps_experts > 1,
-        )
+        stored, noted = self._ledgers(spec.kv.device)
+        store = ShardStore(spec, self.placement, stored, max_pages, self.keeps_experts > 1)
         directory = None
         if not isinstance(spec.options.sketch, NoSketchOptions):
-            directory = PageDirectory(spec, self.placement, page_size, slots, max_pages)
+            directory = PageDirectory(spec, self.placement, noted, max_pages)
         return LayerCache(
             spec, window, store, directory, self._new_dispatcher(), self.placement, slots
         )
+
+    def _ledgers(self, device: torch.device) -> tuple[PageLedger, PageLedger]:
+        """Of the pages that a layer stores here, and of those that it notes: new ones where experts
+        have a say in placement, else the same in every layer."""
+        if self._shared_ledgers is None or self.placement.expert_shards > 1:
+            rows = self.max_batch_size * self.num_ranks
+            shape = rows, self.placement.shards_per_rank, self.pikv_config.page_size
+            self._shared_ledgers = PageLedger(*shape, device), PageLedger(*shape, device)
+        return self._shared_ledgers
 
     def _new_dispatcher(self) -> KVDispatcher:
         if self.num_ranks == 1:

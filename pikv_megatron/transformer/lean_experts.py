@@ -2,87 +2,98 @@
 
 Megatron's `SequentialMLP` makes the same calls for an expert without tokens as for any other.
 Gathering each token's weights into one batched product is no way out: it copies an expert's weights
-for every token that chose it, which took 2 to 16 times as long on a CPU as the loop below.
+for every token that chose it, which took 2 to 16 times as long on a CPU as a product an expert.
 
-Legend: t tokens, n pairs of a token and a chosen expert, E local experts, h hidden size, f width of
-an expert (2f where it is gated).
+Legend: t tokens, k experts of a token, n = t * k, E local experts, h hidden size.
 """
 
 import torch
-import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pikv_megatron.transformer.expert_choice import ExpertChoice
+from pikv_megatron.transformer.expert_stack import ExpertStack
 
 
-def chosen_experts_output(
-    experts: SequentialMLP, tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
-) -> torch.Tensor:
-    """Sum each token's experts, [t, h]; all experts are local.
+class LeanExperts:
+    """The local experts of one layer.
 
     Args:
         experts: the layer's.
-        tokens: [t, h].
-        weights: [t, E], of an expert's output.
-        chosen: [t, E], bool, which experts a token goes through.
+        first: number of the first one among those of all ranks.
     """
-    by_expert = chosen.t()
-    counts = by_expert.sum(1).tolist()
-    # Sized by the counts, as it would wait for the device once more to find its own size.
-    expert, token = torch.nonzero_static(by_expert, size=sum(counts)).unbind(1)
-    rows = sorted_outputs(experts, tokens[token], counts, weights[token, expert])
-    return torch.zeros_like(tokens).index_add_(0, token, rows)
 
+    def __init__(self, experts: SequentialMLP, first: int):
+        self._experts = experts
+        self._first, self._count = first, experts.num_local_experts
+        self._are_all = self._count == experts.config.num_moe_experts
+        self._numbers = torch.empty(0)
+        self._stack: ExpertStack | None = None
+        self._is_checked = False
 
-def sorted_outputs(
-    experts: SequentialMLP, rows: torch.Tensor, counts: list[int], weights: torch.Tensor
-) -> torch.Tensor:
-    """What `SequentialMLP` returns, [n, h].
+    def check(self) -> None:
+        """Look at the experts again before they are next asked."""
+        self._is_checked = False
 
-    Args:
-        experts: the local ones.
-        rows: [n, h], one expert's behind the other's.
-        counts: rows of each expert, E of them.
-        weights: [n], of each row's output.
-    """
-    parts = zip(experts.local_experts, rows.split(counts), weights.split(counts))
-    outputs = [_output(expert, *part) for expert, *part in parts if len(part[0])]
-    return torch.cat(outputs) if outputs else rows
+    def chosen_outputs(self, tokens: torch.Tensor, choice: ExpertChoice) -> torch.Tensor:
+        """Sum each token's experts that are local, [t, h].
 
+        Args:
+            tokens: [t, h].
+            choice: among all ranks' experts.
+        """
+        k = choice.experts.shape[1]
+        local, order = self._local(choice.experts.flatten()).sort(stable=True)
+        ends = torch.searchsorted(local, self._numbers_from_one(local.device), out_int32=True)
+        rows, weights = tokens.index_select(0, order // k), choice.weights.flatten()[order]
+        outputs = self._outputs(rows, ends, local, weights)
+        if not self._are_all:
+            outputs = outputs.masked_fill((local == self._count).unsqueeze(1), 0.0)
+        return torch.empty_like(outputs).index_copy_(0, order, outputs).unflatten(0, (-1, k)).sum(1)
 
-def _output(expert: MLP, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """One expert's rows, [n, h]."""
-    if not _is_plain(expert):
-        return expert(rows, weights)[0]
-    fc1, fc2, weights = expert.linear_fc1, expert.linear_fc2, weights.unsqueeze(1)
-    hidden = _activate(F.linear(rows, fc1.weight, fc1.bias), expert.config)
-    output = F.linear((hidden * weights).to(rows.dtype), fc2.weight)
-    return output if fc2.bias is None else output.add_(fc2.bias * weights)
+    def sorted_outputs(
+        self, rows: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What `SequentialMLP` returns, [n, h].
 
+        Args:
+            rows: [n, h], one expert's behind the other's.
+            counts: [E], rows of each expert.
+            weights: [n], of each row's output.
+        """
+        counts = counts.to(rows.device)
+        numbers = torch.arange(self._count, device=rows.device)
+        local = numbers.repeat_interleave(counts, output_size=len(rows))
+        return self._outputs(rows, counts.cumsum(0), local, weights)
 
-def _is_plain(expert: MLP) -> bool:
-    """Whether it is two products and an activation.
+    def _local(self, experts: torch.Tensor) -> torch.Tensor:
+        """Local numbers of experts [n]; those of other ranks get one behind all that is computed.
+        """
+        if self._are_all:
+            return experts
+        local = experts - self._first
+        return torch.where((local >= 0) & (local < self._count), local, self._count)
 
-    Asked at every step, as adapters and quantization replace an expert's linear layers later.
-    """
-    config = expert.config
-    return (
-        type(expert) is MLP
-        and type(expert.linear_fc1) is ColumnParallelLinear
-        and type(expert.linear_fc2) is RowParallelLinear
-        and not config.use_te_activation_func
-    )
+    def _numbers_from_one(self, device: torch.device) -> torch.Tensor:
+        """1 to E, made once a device."""
+        if len(self._numbers) == 0 or self._numbers.device != device:
+            self._numbers = torch.arange(1, self._count + 1, device=device)
+        return self._numbers
 
+    def _outputs(
+        self, rows: torch.Tensor, ends: torch.Tensor, local: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[n, h], of rows sorted by their expert `local` [n]; whatever behind the last end."""
+        stack = self._current_stack()
+        if stack is not None:
+            return stack.outputs(rows, ends.int(), local, weights)
+        ends, outputs = ends.tolist(), torch.empty_like(rows)
+        for expert, first, last in zip(self._experts.local_experts, [0, *ends], ends):
+            if last > first:
+                outputs[first:last] = expert(rows[first:last], weights[first:last])[0]
+        return outputs
 
-def _activate(hidden: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    """[n, f], from [n, 2f] where the unit is gated."""
-    if not config.gated_linear_unit:
-        return config.activation_func(hidden)
-    gate, linear = hidden.chunk(2, dim=1)
-    limit = config.activation_func_clamp_value
-    if limit is not None:
-        gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
-    if config.glu_linear_offset:
-        linear = linear + config.glu_linear_offset
-    return config.activation_func(gate) * linear
+    def _current_stack(self) -> ExpertStack | None:
+        stack = self._stack
+        if not self._is_checked or (stack is not None and not stack.is_current):
+            self._stack, self._is_checked = ExpertStack.of(self._experts), True
+        return self._stack

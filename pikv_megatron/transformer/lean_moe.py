@@ -3,17 +3,17 @@
 Legend: sq tokens of a row, b rows of the batch, t = sq * b, E experts on all ranks, h hidden size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Protocol
 
+import deepspeed.comm as dist
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
-from pikv_megatron.transformer.context import PiKVInferenceContext
+from pikv_megatron.transformer.expert_choice import ExpertChoice, choose_experts
 from pikv_megatron.transformer.expert_exchange import exchanged_output
-from pikv_megatron.transformer.lean_experts import chosen_experts_output, sorted_outputs
+from pikv_megatron.transformer.lean_experts import LeanExperts
 
 # Options that change what reaches the experts, or that work between Megatron's own steps.
 UNSUPPORTED = (
@@ -28,60 +28,69 @@ UNSUPPORTED = (
 MOST_EXCHANGED = 512
 
 
-class LeanMoELayer(MoELayer):
-    """`MoELayer` that inside `lean_step` runs only experts with tokens; see `make_lean`.
+class LeanContext(Protocol):
+    """What a cache tells of a step.
 
-    Routing is Megatron's, and so is the dispatcher, but between ranks that only decode. Outside
-    `lean_step` it is the stock layer.
+    Attributes:
+        decode_counts: tokens that each rank of `ep_group` feeds, where all of them only decode;
+            None where some rank feeds a prompt.
+        ep_group: the ranks; None for one.
     """
 
-    _context: PiKVInferenceContext | None = None
+    decode_counts: list[int] | None
+    ep_group: dist.ProcessGroup | None
 
-    @contextmanager
-    def lean_step(self, context: PiKVInferenceContext) -> Iterator[None]:
-        """What is fed meanwhile runs lean; `context` plans the step before it gets here."""
-        self._context = context
-        try:
-            yield
-        finally:
-            self._context = None
 
-    def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
-        is_whole = intermediate_tensors is None and padding_mask is None
-        if self._context is None or not is_whole:
-            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+class LeanMoELayer(MoELayer):
+    """`MoELayer` that, given a cache, runs only experts with tokens; see `make_lean`.
+
+    Experts are chosen as Megatron does, and tokens travel by its dispatcher, but between ranks that
+    only decode. Without a cache it is the stock layer.
+
+    Attributes:
+        choice: the experts of the last tokens that were fed with a cache.
+    """
+
+    choice: ExpertChoice | None = None
+
+    def forward(
+        self, hidden_states, *args, context: LeanContext | None = None, **kwargs
+    ):
+        if context is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        if context.decode_counts is None:
+            self.lean_experts.check()
         shared = self.shared_experts_compute(hidden_states)
-        probs, routing_map = self.route(hidden_states)
-        tokens = hidden_states.flatten(0, 1)
         if self.token_dispatcher.ep_size * self.token_dispatcher.tp_size == 1:
-            output = chosen_experts_output(self.experts, tokens, probs, routing_map)
-        elif most := self._most_exchanged():
-            output = exchanged_output(self, tokens, probs, most)
+            self.choice = choose_experts(self.router, hidden_states)
+            output = self.lean_experts.chosen_outputs(hidden_states.flatten(0, 1), self.choice)
+        elif most := self._most_exchanged(context):
+            self.choice = choose_experts(self.router, hidden_states)
+            tokens = hidden_states.flatten(0, 1)
+            output = exchanged_output(self.lean_experts, tokens, self.choice, most, self.ep_group)
         else:
-            return self._dispatched(hidden_states, probs, routing_map, shared), None
+            return self._dispatched(hidden_states, shared), None
         output = output.view(hidden_states.shape)
         return (output if shared is None else output + shared), None
 
-    def _most_exchanged(self) -> int:
+    def _most_exchanged(self, context: LeanContext) -> int:
         """Tokens of the rank that feeds most, 0 if Megatron's dispatcher is to be taken."""
-        plan, dispatcher = self._context.plan, self.token_dispatcher
+        dispatcher = self.token_dispatcher
         is_split = self.tp_group.size() * dispatcher.tp_size > 1
-        is_fed_in_parts = self.config.mlp_chunks_for_prefill > 1
-        # The plan counts the tokens of one forward pass, by the ranks of the context's group.
-        if plan.prefill.is_anywhere or is_split or is_fed_in_parts:
+        if context.decode_counts is None or is_split or context.ep_group is not self.ep_group:
             return 0
-        most = max(1, *plan.decode.counts)
-        fits = most * dispatcher.ep_size <= MOST_EXCHANGED
-        return most if fits and self._context.ep_group is self.ep_group else 0
+        most = max(1, *context.decode_counts)
+        return most if most * dispatcher.ep_size <= MOST_EXCHANGED else 0
 
     def _dispatched(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor,
-        shared: torch.Tensor | None,
+        self, hidden_states: torch.Tensor, shared: torch.Tensor | None
     ) -> torch.Tensor:
-        """`MoELayer.forward` behind the router, [sq, b, h]; probs and routing_map [t, E]."""
+        """`MoELayer.forward`, [sq, b, h], but for the experts."""
+        probs, routing_map = self.route(hidden_states)
+        self.choice = ExpertChoice.of(probs, self.router.topk)
         tokens, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
         rows, counts, weights = self.token_dispatcher.dispatch_postprocess(tokens, probs)
-        output = sorted_outputs(self.experts, rows, counts.tolist(), weights)
+        output = self.lean_experts.sorted_outputs(rows, counts, weights)
         output = self.combine(self.token_dispatcher.combine_preprocess(output))
         return self.postprocess(output, shared)
 
@@ -96,3 +105,4 @@ def make_lean(mlp: torch.nn.Module) -> None:
         return
     if type(mlp.router) is TopKRouter and type(mlp.experts) is SequentialMLP:
         mlp.__class__ = LeanMoELayer
+        mlp.lean_experts = LeanExperts(mlp.experts, mlp.local_expert_indices[0])

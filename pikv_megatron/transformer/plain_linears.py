@@ -13,16 +13,16 @@ class PlainColumnParallelLinear(ColumnParallelLinear):
     """`ColumnParallelLinear` that is one product where it is whole and no gradient is wanted."""
 
     def forward(self, input_, weight=None, runtime_gather_output=None):
-        if weight is not None or not _is_plain(self):
+        if not _is_plain(self):
             return super().forward(input_, weight, runtime_gather_output)
-        return _output(self, input_)
+        return _output(self, input_, self.weight if weight is None else weight)
 
 
 class PlainRowParallelLinear(RowParallelLinear):
     """`RowParallelLinear` likewise."""
 
     def forward(self, input_):
-        return _output(self, input_) if _is_plain(self) else super().forward(input_)
+        return _output(self, input_, self.weight) if _is_plain(self) else super().forward(input_)
 
 
 # What a spec names, and what stands for it.
@@ -31,14 +31,19 @@ PLAIN = {
 }
 
 
+def make_plain(linear: torch.nn.Module) -> None:
+    """Turn a stock linear layer, which no spec names, into what stands for it."""
+    linear.__class__ = PLAIN.get(type(linear), type(linear))
+
+
 def _is_plain(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
     return not torch.is_grad_enabled() and linear.tp_group.size() == 1
 
 
 def _output(
-    linear: ColumnParallelLinear | RowParallelLinear, rows: torch.Tensor
+    linear: ColumnParallelLinear | RowParallelLinear, rows: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The output and the bias that is left to the caller."""
     if linear.skip_bias_add:
-        return F.linear(rows, linear.weight), linear.bias
-    return F.linear(rows, linear.weight, linear.bias), None
+        return F.linear(rows, weight), linear.bias
+    return F.linear(rows, weight, linear.bias), None

@@ -1,49 +1,55 @@
 """The transformer layer under PiKV: tells the cache which experts the MoE router chose.
 
+Legend: sq tokens of a row, b rows of the batch, t tokens of them that are real.
+
 It also makes the experts lean, which a spec cannot: Megatron-Core 0.16 gives its process groups to
 `MoELayer` alone, and to no class derived from it.
 """
 
-from contextlib import nullcontext
-
 import torch
 
 from pikv_megatron.transformer.context import PiKVInferenceContext
+from pikv_megatron.transformer.expert_choice import ExpertChoice
+from pikv_megatron.transformer.lean_layer import LeanLayerMixin
 from pikv_megatron.transformer.lean_moe import LeanMoELayer, make_lean
 
 
-class PiKVLayerMixin:
+class PiKVLayerMixin(LeanLayerMixin):
     """Settles the layer's cache after the MLP, when the experts of the step's tokens are known."""
+
+    lean_context = PiKVInferenceContext
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.self_attention.pikv_config.lean_experts:
+        if self.self_attention.pikv_config.lean_experts and self.is_plain:
             make_lean(self.mlp)
         self._router_probs = None
         router = getattr(self.mlp, "router", None)
-        if router is not None:
+        if router is not None and not isinstance(self.mlp, LeanMoELayer):
             router.register_forward_hook(self._keep_router_probs)
 
     def forward(self, hidden_states, *args, **kwargs):
+        output = super().forward(hidden_states, *args, **kwargs)
         context = kwargs.get("inference_context")
-        is_cached = isinstance(context, PiKVInferenceContext) and not self.training
-        is_lean = is_cached and isinstance(self.mlp, LeanMoELayer)
-        with self.mlp.lean_step(context) if is_lean else nullcontext():
-            output = super().forward(hidden_states, *args, **kwargs)
-        if is_cached:
-            self._settle(context, hidden_states)
+        if isinstance(context, PiKVInferenceContext) and not self.training:
+            experts = None
+            if context.keeps_experts:
+                experts = self._best_experts(context, *hidden_states.shape[:2])
+            context.layers[self.layer_number].settle(context.plan, experts)
         self._router_probs = None
         return output
 
-    def _settle(self, context: PiKVInferenceContext, hidden_states: torch.Tensor) -> None:
-        plan = context.plan
-        experts = None
-        if context.keeps_experts and self._router_probs is not None:
-            # The router sees [sq, b, h] flattened; tokens behind the real ones are padding.
-            best = self._router_probs.topk(context.keeps_experts, dim=-1).indices
-            best = best.view(*hidden_states.shape[:2], -1).transpose(0, 1).flatten(0, 1)
-            experts = best[: plan.num_tokens].to(torch.int16)
-        context.layers[self.layer_number].settle(plan, experts)
+    def _best_experts(self, context: PiKVInferenceContext, sq: int, b: int) -> torch.Tensor | None:
+        """[t, replicas], int16, of the step's tokens; None in a layer without experts."""
+        if isinstance(self.mlp, LeanMoELayer):
+            choice = self.mlp.choice
+        elif self._router_probs is not None:
+            choice = ExpertChoice.of(self._router_probs, self.mlp.router.topk)
+        else:
+            return None
+        # The router sees [sq, b, h] flattened; tokens behind the real ones are padding.
+        best = choice.best(context.keeps_experts).view(sq, b, -1).transpose(0, 1).flatten(0, 1)
+        return best[: context.plan.num_tokens].to(torch.int16)
 
     def _keep_router_probs(self, router, args, output) -> None:
         self._router_probs = output[0]

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
-from test_shard_store import MAX_PAGES, PLACEMENT, block, count_tokens, new_store
+from test_shard_store import MAX_PAGES, PLACEMENT, block, count_tokens, insert, new_store
 
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.placement import Placement
@@ -29,7 +29,7 @@ def test_every_token_counts_once_and_means_stay(
     for count in counts:
         position = torch.arange(first, first + count)
         tokens = block(torch.zeros_like(position), position, PLACEMENT)
-        store.insert(tokens)
+        insert(store, tokens)
         values.append(tokens.values[:, PLACEMENT.owner(tokens.shard) == PLACEMENT.rank])
         for drop in store.age(SLOTS, MAX_PAGES):
             assert drop.shape == (2, MAX_PAGES) and not drop[1].any()
@@ -54,7 +54,7 @@ def test_the_oldest_are_pooled_first_and_level_by_level():
     transform = {"name": "pyramidkv", "level": 0, "young": 1, "levels": 3}
     store = new_store(placement, 2, codec={"transform": transform})
     position = torch.arange(18)
-    store.insert(block(torch.zeros_like(position), position, placement))
+    insert(store, block(torch.zeros_like(position), position, placement))
     store.age(torch.tensor([0]), MAX_PAGES)
     pages = store.table.pages_of(0)
     stood_for = store.pool.kv.log_multiplicity[pages].exp().round().int().tolist()

@@ -1,5 +1,6 @@
 """How shards are dealt over ranks: one definition of their number, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,12 @@ def test_no_rank_fills_more_pages_than_foreseen(shard_after, num_ranks, token_sh
             assert int(by_rank.max()) <= footprint.most_pages(count)
             is_far = bool((placement.owner(shard) != placement.rank).any())
             assert footprint.is_far(count) or not is_far
+            last = np.array([first + count])
+            assert placement.tokens_by_shard(placement.rank, last)[0].tolist() == (
+                shard.bincount(minlength=placement.num_shards).tolist()
+            )
+            filled = footprint.filled_pages(placement.rank, np.array([first]), last)
+            assert filled.tolist() == by_rank.tolist()
 
 
 @pytest.mark.parametrize("fields, num_ranks, named", [

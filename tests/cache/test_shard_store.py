@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from layer_caches import SCALE, SHAPE
 
 from pikv_megatron import PiKVConfig
+from pikv_megatron.cache.ledger import PageLedger
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
@@ -18,7 +19,12 @@ MAX_PAGES = 400
 
 def new_store(placement, page_size, num_slots=1, has_replicas=False, **fields) -> ShardStore:
     (spec,) = PiKVConfig(page_size=page_size, **fields).resolve([SHAPE])
-    return ShardStore(spec, placement, page_size, num_slots, MAX_PAGES, has_replicas)
+    ledger = PageLedger(num_slots, placement.shards_per_rank, page_size, torch.device("cpu"))
+    return ShardStore(spec, placement, ledger, MAX_PAGES, has_replicas)
+
+
+def insert(store: ShardStore, tokens: TokenBlock) -> None:
+    store.insert(tokens, store.admit(tokens))
 
 
 def count_tokens(store: ShardStore, num_heads: int, visited=None, columns=None) -> torch.Tensor:
@@ -41,7 +47,7 @@ def test_only_this_ranks_tokens_are_stored_each_once(page_size, counts):
     length = 0
     for count in counts:
         position = torch.arange(length, length + count)
-        store.insert(block(torch.zeros_like(position), position, PLACEMENT))
+        insert(store, block(torch.zeros_like(position), position, PLACEMENT))
         store.check_integrity()
         length += count
     every = torch.arange(length)
@@ -54,7 +60,7 @@ def test_attention_counts_every_stored_token_once():
     store = new_store(PLACEMENT, page_size=4)
     position = torch.arange(50)
     tokens = block(torch.zeros_like(position), position, PLACEMENT)
-    store.insert(tokens)
+    insert(store, tokens)
     mine = PLACEMENT.owner(tokens.shard) == 1
     torch.testing.assert_close(count_tokens(store, 4), torch.full((4,), float(mine.sum())))
     query = torch.randn(1, 1, 4, 8)
@@ -80,7 +86,7 @@ def test_replicas_count_once_in_whichever_shards_are_visited(replicas, visited, 
     store = new_store(placement, page_size=3, has_replicas=True)
     keys = torch.randn(2, num_tokens * replicas, 8)
     position = torch.arange(num_tokens)[:, None].expand_as(shard)
-    store.insert(TokenBlock(keys, keys, slot.flatten(), shard.flatten(), position.flatten(),
+    insert(store, TokenBlock(keys, keys, slot.flatten(), shard.flatten(), position.flatten(),
                             seen.flatten()))
     expected = ((visited >> shard) & 1).any(dim=1).sum()
     is_visited = ((visited >> torch.arange(4)) & 1).bool().unsqueeze(0)
@@ -98,7 +104,7 @@ def test_dropped_pages_are_given_back_and_no_longer_read(counts):
     length = 0
     for count in counts:
         position = torch.arange(length, length + count)
-        store.insert(block(torch.zeros_like(position), position, placement))
+        insert(store, block(torch.zeros_like(position), position, placement))
         length += count
         store.prune(torch.tensor([0]), MAX_PAGES)
         store.check_integrity()
@@ -118,7 +124,7 @@ def test_dropped_places_are_used_again():
     )
     for first in range(0, 200, 4):
         position = torch.arange(first, first + 4)
-        store.insert(block(torch.zeros_like(position), position, placement))
+        insert(store, block(torch.zeros_like(position), position, placement))
         store.prune(torch.tensor([0]), MAX_PAGES)
     assert store.pool.null_page <= 3 + 2 and int(store.table.count[0]) == 3
 
@@ -128,7 +134,7 @@ def test_chosen_columns_are_what_is_read():
     store = new_store(placement, page_size=4)
     position = torch.arange(23)
     tokens = block(torch.zeros_like(position), position, placement)
-    store.insert(tokens)
+    insert(store, tokens)
     query = torch.randn(1, 1, 4, 8)
     columns = torch.tensor([[3, -1, 1, -1]])
     state = store.attend(query, OwnerReads(torch.tensor([0]), 10, (0,), columns=columns), [])

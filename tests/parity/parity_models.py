@@ -99,7 +99,7 @@ def cached_logits(
         ids = torch.zeros(1, plan.num_padded, dtype=torch.int64)
         ids[0, : plan.num_tokens] = torch.tensor([token for part in fed for token in part])
         out = model(
-            ids, plan.positions.unsqueeze(0), None, inference_context=context,
+            ids, plan.tokens.positions.unsqueeze(0), None, inference_context=context,
             runtime_gather_output=True,
         )
         context.finish_step()

@@ -1,10 +1,8 @@
 """Which experts a lean MoE layer runs, and when it is the stock layer."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from lean_pairs import PIKV, moe_pair
+from lean_pairs import PIKV, begin_step, moe_pair
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from parity_models import build, cached_logits
@@ -13,23 +11,30 @@ from pikv_megatron import PiKVConfig, PiKVInferenceContext
 from pikv_megatron.transformer.lean_moe import LeanMoELayer, make_lean
 
 
+def lean_pair(pg, **changes) -> tuple[MoELayer, LeanMoELayer, PiKVInferenceContext]:
+    """A pair in the middle of a step that feeds a prompt."""
+    stock, lean, context = moe_pair(pg, **changes)
+    begin_step(context, [[50]])
+    return stock, lean, context
+
+
 def experts_that_ran(layer: LeanMoELayer, context: PiKVInferenceContext, rows: int) -> int:
     ran = []
     handles = [
         expert.register_forward_hook(lambda *_, j=j: ran.append(j))
         for j, expert in enumerate(layer.experts.local_experts)
     ]
-    with torch.no_grad(), layer.lean_step(context):
-        layer(torch.randn(rows, 1, 32))
+    with torch.no_grad():
+        layer(torch.randn(rows, 1, 32), context=context)
     for handle in handles:
         handle.remove()
     return len(set(ran))
 
 
 def test_experts_without_a_token_are_left_out(one_rank, monkeypatch):
-    _, *lean = moe_pair(one_rank)
+    _, *lean = lean_pair(one_rank)
     assert experts_that_ran(*lean, 1) == 0  # their weights are read, past their modules
-    monkeypatch.setattr("pikv_megatron.transformer.lean_experts._is_plain", lambda expert: False)
+    monkeypatch.setattr("pikv_megatron.transformer.expert_stack.is_plain", lambda expert: False)
     assert experts_that_ran(*lean, 1) == 2 and experts_that_ran(*lean, 300) == 8
 
 
@@ -63,12 +68,12 @@ class ScaledMLP(MLP):
 )
 @torch.no_grad()
 def test_experts_that_somebody_changed_are_called_themselves(one_rank, change):
-    stock, lean, context = moe_pair(one_rank)
+    stock, lean, context = lean_pair(one_rank)
     for layer in (stock, lean):
         change(layer.experts.local_experts[3])
     hidden_states = torch.randn(40, 1, 32)
-    with lean.lean_step(context):
-        torch.testing.assert_close(lean(hidden_states)[0], stock(hidden_states)[0])
+    output = lean(hidden_states, context=context)[0]
+    torch.testing.assert_close(output, stock(hidden_states)[0])
 
 
 @pytest.mark.parametrize(
@@ -89,11 +94,11 @@ def test_experts_that_somebody_changed_are_called_themselves(one_rank, change):
 )
 @torch.no_grad()
 def test_other_options_change_nothing(one_rank, changes):
-    stock, lean, context = moe_pair(one_rank, **changes)
+    stock, lean, context = lean_pair(one_rank, **changes)
     for rows in (1, 50):
         hidden_states = torch.randn(rows, 1, 32).to(changes.get("params_dtype", torch.float32))
-        with lean.lean_step(context):
-            torch.testing.assert_close(lean(hidden_states)[0], stock(hidden_states)[0])
+        output = lean(hidden_states, context=context)[0]
+        torch.testing.assert_close(output, stock(hidden_states)[0])
 
 
 @pytest.mark.parametrize(
@@ -110,28 +115,25 @@ def test_layers_that_are_not_covered_stay_stock(one_rank, changes):
 @torch.no_grad()
 def test_the_weights_of_the_moment_are_read(one_rank):
     """After loading, assigning and casting, which a copy of the weights would miss."""
-    stock, lean, context = moe_pair(one_rank)
+    stock, lean, context = lean_pair(one_rank)
     other = build(one_rank, None, seed=2).decoder.layers[0].mlp
     hidden_states = torch.randn(9, 1, 32)
     for assign, layer in ((False, other), (True, stock)):
         lean.load_state_dict(layer.state_dict(), strict=True, assign=assign)
-        with lean.lean_step(context):
-            torch.testing.assert_close(lean(hidden_states)[0], layer(hidden_states)[0])
+        output = lean(hidden_states, context=context)[0]
+        torch.testing.assert_close(output, layer(hidden_states)[0])
     stock.load_state_dict(lean.state_dict(), strict=True)
     stock, lean = stock.double(), lean.double()
-    with lean.lean_step(context):
-        hidden_states = hidden_states.double()
-        torch.testing.assert_close(lean(hidden_states)[0], stock(hidden_states)[0])
+    hidden_states = hidden_states.double()
+    output = lean(hidden_states, context=context)[0]
+    torch.testing.assert_close(output, stock(hidden_states)[0])
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_outside_a_lean_step_the_layer_is_stock_bit_for_bit(one_rank, fails):
-    stock, lean, context = moe_pair(one_rank)
+def test_without_a_cache_the_layer_is_stock_bit_for_bit(one_rank):
+    stock, lean, context = lean_pair(one_rank)
     hidden_states = torch.randn(40, 1, 32, requires_grad=True)
-    with pytest.raises(KeyError) if fails else nullcontext(), lean.lean_step(context):
-        lean(hidden_states)
-        if fails:
-            raise KeyError
+    with torch.no_grad():
+        lean(hidden_states, context=context)
     outputs = [layer(hidden_states)[0] for layer in (stock, lean)]
     assert torch.equal(*outputs)
     gradients = [torch.autograd.grad(output.sum(), hidden_states)[0] for output in outputs]
@@ -151,7 +153,7 @@ def test_the_switch(one_rank, is_on):
 def test_only_a_pikv_context_makes_a_step_lean(one_rank, monkeypatch, is_training):
     lean_steps = []
     monkeypatch.setattr(
-        "pikv_megatron.transformer.lean_moe.chosen_experts_output",
+        "pikv_megatron.transformer.lean_experts.LeanExperts.chosen_outputs",
         lambda experts, tokens, *_: lean_steps.append(1) or tokens,
     )
     model = build(one_rank, PIKV)

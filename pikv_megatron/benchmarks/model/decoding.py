@@ -4,7 +4,6 @@ Legend: L tokens of the longest sequence, n sequences of this rank, ng KV heads,
 """
 
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
 from typing import Iterator, Sequence
 
 import torch
@@ -13,7 +12,6 @@ from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.benchmarks.model.dense_context import DenseAttention, DenseContext
 from pikv_megatron.benchmarks.model.workload import LayerKV, Workload
-from pikv_megatron.transformer.lean_moe import LeanMoELayer, make_lean
 
 
 class Contestant(ABC):
@@ -94,8 +92,7 @@ class StockContestant(Contestant):
 
 
 class DenseContestant(StockContestant):
-    """The dense reference, with the experts of a PiKV step where one rank has them all: what is
-    compared is the cache.
+    """The dense reference, with the lean step of a PiKV layer: what is compared is the cache.
 
     Args:
         attention: how it attends to the whole cache.
@@ -104,22 +101,16 @@ class DenseContestant(StockContestant):
     def __init__(self, model: GPTModel, workload: Workload, attention: DenseAttention):
         self._attention = attention
         super().__init__(model, workload)
-        if workload.num_ranks == 1:
-            for layer in model.decoder.layers:
-                make_lean(layer.mlp)
-
-    def step(self, tokens):
-        with ExitStack() as stack:
-            for layer in self.model.decoder.layers:
-                if isinstance(layer.mlp, LeanMoELayer):
-                    stack.enter_context(layer.mlp.lean_step(self.context))
-            return super().step(tokens)
 
     def fill(self, layers):
         super().fill([layer._replace(raw_keys=layer.keys) for layer in layers])
 
     def _new_context(self):
-        return DenseContext(self._rows, self.workload.capacity, self._attention)
+        counts = [max(1, count) for count in self.workload.counts_by_rank]
+        group = self.model.pg_collection.ep if len(counts) > 1 else None
+        return DenseContext(
+            self._rows, self.workload.capacity, self._attention, counts, group
+        )
 
     def _memory(self, cached):
         """[L, n, ng, hn] -> [rows, ng, capacity, hn]."""

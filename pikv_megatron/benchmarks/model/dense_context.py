@@ -15,6 +15,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from pikv_megatron.transformer.attention import _yarn_get_concentration_factor_from_config
+from pikv_megatron.transformer.lean_layer import LeanLayerMixin
+from pikv_megatron.transformer.lean_moe import make_lean
+from pikv_megatron.transformer.plain_linears import PLAIN
 
 DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -56,10 +59,17 @@ class DenseContext(StaticInferenceContext):
         max_batch_size: b.
         max_sequence_length: capacity, tokens.
         attention: `grouped_attention` or `sdpa_attention`.
+        decode_counts: tokens that each rank feeds in a step.
+        ep_group: the expert-parallel group; None for a single rank.
     """
 
-    def __init__(self, max_batch_size: int, max_sequence_length: int, attention: DenseAttention):
+    def __init__(
+        self, max_batch_size: int, max_sequence_length: int, attention: DenseAttention,
+        decode_counts: list[int], ep_group,
+    ):
         super().__init__(max_batch_size, max_sequence_length)
+        self.decode_counts = decode_counts
+        self.ep_group = ep_group
         self._attention = attention
 
     def attend(
@@ -101,9 +111,24 @@ def rotate(tensor: torch.Tensor, table: torch.Tensor, config, cp_group) -> torch
     return apply_rotary_pos_emb(tensor, table, config=config, mscale=mscale, cp_group=cp_group)
 
 
+class DenseLayerMixin(LeanLayerMixin):
+    """A transformer layer with the lean step of one under PiKV: what is compared is the cache."""
+
+    lean_context = DenseContext
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        make_lean(self.mlp)
+
+
 def dense_layer_spec(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
     """Put dense attention into a block spec; the given spec is left alone."""
     spec = copy.deepcopy(spec)
     for layer in spec.layer_specs:
-        layer.submodules.self_attention.module = DenseSelfAttention
+        layer.module = type("DenseTransformerLayer", (DenseLayerMixin, layer.module), {})
+        attention = layer.submodules.self_attention
+        attention.module = DenseSelfAttention
+        for name in ("linear_qkv", "linear_proj"):
+            linear = getattr(attention.submodules, name)
+            setattr(attention.submodules, name, PLAIN.get(linear, linear))
     return spec

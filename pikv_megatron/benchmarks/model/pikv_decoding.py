@@ -60,11 +60,11 @@ class PiKVContestant(Contestant):
 
     def step(self, tokens):
         plan = self._begin_step([1] * self.workload.batch_size)
-        ids = torch.zeros_like(plan.positions)
+        ids = torch.zeros_like(plan.tokens.positions)
         ids[: plan.num_tokens] = tokens[self._own].to(self.device)
         logits = self.model(
-            ids.unsqueeze(0), plan.positions.unsqueeze(0), None, inference_context=self.context,
-            runtime_gather_output=True,
+            ids.unsqueeze(0), plan.tokens.positions.unsqueeze(0), None,
+            inference_context=self.context, runtime_gather_output=True,
         )
         self.context.finish_step()
         return logits[0, : plan.num_tokens]
@@ -74,7 +74,7 @@ class PiKVContestant(Contestant):
         for part in prompt.to(self.device).split(chunk):
             plan = self._begin_step([len(part)])
             self.model(
-                part.unsqueeze(0), plan.positions.unsqueeze(0), None,
+                part.unsqueeze(0), plan.tokens.positions.unsqueeze(0), None,
                 inference_context=self.context, runtime_gather_output=True,
             )
             self.context.finish_step()
@@ -105,6 +105,6 @@ class PiKVContestant(Contestant):
         kept, num_experts = self.context.keeps_experts, self.model.config.num_moe_experts
         if not kept:
             return None
-        first = plan.positions[: plan.num_tokens].unsqueeze(1)
+        first = plan.tokens.positions[: plan.num_tokens].unsqueeze(1)
         experts = (first + torch.arange(kept, device=self.device)) % num_experts
         return experts.to(torch.int16)

@@ -49,7 +49,15 @@ class Workload:
     @property
     def own(self) -> range:
         """Sequences of this rank."""
-        return range(self.rank, self.batch_size, self.num_ranks)
+        return self._of(self.rank)
+
+    @property
+    def counts_by_rank(self) -> list[int]:
+        """Sequences of each rank."""
+        return [len(self._of(rank)) for rank in range(self.num_ranks)]
+
+    def _of(self, rank: int) -> range:
+        return range(rank, self.batch_size, self.num_ranks)
 
     def tokens(self, num_steps: int, vocab_size: int) -> torch.Tensor:
         """[num_steps, batch_size], int64, what every sequence is fed."""
