@@ -1,10 +1,10 @@
 """How the heads of a layer meet what is cached of a token.
 
-Grouped attention caches keys and values as its heads read them. Latent attention (DeepSeek-V2, arXiv
-2405.04434) caches one row for all heads, a latent and a rotated key; a head's keys and values are
-projections of it. Expanding them is never needed: with k = U_k c, q . k = (U_k^T q) . c, and the sum
-of values U_v c is U_v times the sum of latents. Both maps are linear and cost the same on every rank,
-so queries and results travel on whichever side of them they are narrower.
+Grouped attention caches keys and values as its heads read them. Latent attention (DeepSeek-V2,
+arXiv 2405.04434) caches one row for all heads, a latent and a rotated key; a head's keys and values
+are projections of it. Decoding need not expand them: with k = U_k c, q . k = (U_k^T q) . c, and the
+sum of values U_v c is U_v times the sum of latents. Both maps are linear and the same on every rank
+of the expert-parallel group, so queries and results travel on whichever side is narrower.
 
 Legend: np heads of this rank, w_n and w_r widths of a query's two parts, r rank of the latent, w_v
 width of a head's value.

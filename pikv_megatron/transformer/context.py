@@ -1,7 +1,7 @@
 """Megatron's static inference context, with the KV of its sequences sharded over the EP group."""
 
 from collections import Counter
-from typing import Sequence
+from typing import Callable, Sequence
 
 import deepspeed.comm as dist
 import torch
@@ -64,6 +64,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         self._pads_evenly = pads_evenly
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False
+        self._rotary_table: tuple[torch.Tensor, float] | None = None
         self.layers = {spec.number: self._new_layer(spec) for spec in specs}
 
     @classmethod
@@ -159,6 +160,15 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.plan.finish()
         self.plan = None
         self._driven = False
+
+    def rotary_table(
+        self, make: Callable[[int], tuple[torch.Tensor, float]]
+    ) -> tuple[torch.Tensor, float]:
+        """Angles of all positions and their factor, for layers that have rotary embeddings of
+        their own: made once, since they are alike."""
+        if self._rotary_table is None:
+            self._rotary_table = make(self.max_sequence_length)
+        return self._rotary_table
 
     def step(self, layer_number: int, hidden_states: torch.Tensor) -> StepPlan:
         """The plan of the running step; under Megatron's engine made at the first layer."""
