@@ -3,7 +3,7 @@
 import torch
 
 from pikv_megatron.cache.free_list import FreeList
-from pikv_megatron.cache.widen import growth_bytes, widen, widen_fields
+from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.types import KVPages
 
@@ -46,6 +46,16 @@ class PagePool:
         if self.earlier_shards is not None:
             self.earlier_shards = widen(self.earlier_shards, missing, 0)
         return missing
+
+    def compact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give back the memory of free pages; see `FreeList.compact` for what is returned."""
+        kept, number = self.free.compact()
+        self.kv = narrow_fields(self.kv, kept)
+        self.position = narrow(self.position, kept, 0)
+        self.shard = narrow(self.shard, kept, 0)
+        if self.earlier_shards is not None:
+            self.earlier_shards = narrow(self.earlier_shards, kept, 0)
+        return kept, number
 
     def growth_bytes(self, count: int) -> int:
         """What `reserve` would allocate."""

@@ -83,6 +83,14 @@ class ShardStore:
         if grown and self.statistics is not None:
             self.statistics.widen(grown)
 
+    def compact(self) -> None:
+        """Give back the memory of free pages."""
+        self._lists.clear()
+        kept, number = self.pool.compact()
+        self.table.renumber(number)
+        if self.statistics is not None:
+            self.statistics.compact(kept, number)
+
     def growth_bytes(self, num_pages: int) -> int:
         """What `reserve` would allocate."""
         own = self.pool.growth_bytes(num_pages)
