@@ -78,7 +78,8 @@ def choose(options: CalibrateOptions) -> tuple[list[int], list[Choice]]:
             kept.append(LayerSample.of(*states, scale))
         )
     for ids in options.ids.split(1):
-        forcing.logits(Task(ids, torch.ones(1, 1, dtype=torch.bool)))
+        for _ in forcing.feed(Task(ids, torch.zeros(1, 1, dtype=torch.int64))):
+            pass
     found = [
         menu for layer, kept in zip(layers, samples)
         for menu in layer_menus(kept, layer.spec, pikv.page_size)

@@ -60,7 +60,8 @@ def calibrate(options: CalibrateOptions) -> dict[int, KVMoments]:
     forcing = TeacherForcing(model, context, options.architecture.vocab_size, lambda: None)
     with progress("windows", IS_FIRST_RANK) as advance:
         for index, ids in enumerate(options.ids.split(num_ranks)):
-            forcing.logits(Task(ids, torch.ones(len(ids), 1, dtype=torch.bool)))
+            for _ in forcing.feed(Task(ids, torch.zeros(len(ids), 1, dtype=torch.int64))):
+                pass
             advance(index + 1, len(options.ids) // num_ranks)
     return collector.moments()
 

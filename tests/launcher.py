@@ -1,4 +1,4 @@
-"""Runs programs under the real deepspeed launcher, on two ranks without a GPU."""
+"""Runs programs without a GPU: under the real deepspeed launcher on two ranks, or alone."""
 
 import os
 import subprocess
@@ -15,8 +15,19 @@ def launch(program: Path, *arguments: str, timeout: float) -> subprocess.Complet
         sys.executable, str(launcher), "--num_accelerators", "2", "--log_level", "warning",
         "--master_port", str(free_port()), str(program), *arguments,
     ]
+    return _run(command, timeout)
+
+
+def run_alone(
+    program: Path, *arguments: str, timeout: float = 240.0
+) -> subprocess.CompletedProcess:
+    """`python program ...`, away from the sources, on a wide terminal."""
+    return _run([sys.executable, str(program), *arguments], timeout)
+
+
+def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment, cwd="/"
     )

@@ -62,7 +62,7 @@ def run_method(pg, fields: dict) -> dict:
     stores = [layer.store for layer in lm.engine.context.layers.values()]
     read = []
     for store in stores:
-        store.on_read = lambda sealed: read.append(int((sealed.lens > 0).sum()))
+        store.on_read = lambda reads, sealed, opened: read.append(int((sealed.lens > 0).sum()))
     lm.generate([[1]] * 3, max_new_tokens=NUM_NEW, resume=True, keep_cache=True)
     figures = {
         "kept": sum(int(store.table.count.sum()) for store in stores),

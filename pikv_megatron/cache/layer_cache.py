@@ -142,16 +142,23 @@ class LayerCache:
                 self.window.write_experts(writes.slots, writes.places, experts[writes.source])
         self._chunk = self._prompts = None
 
-    def reserve(self, num_owned: int, num_noted: int) -> None:
-        """Allocate pages on this rank, and room in the directory for pages of its sequences."""
+    def reserve(self, num_owned: int, num_noted: int, num_columns: int) -> None:
+        """Allocate pages on this rank, room in the directory for pages of its sequences, and what
+        steps hold of the pages that a sequence has here, at most."""
         self.store.reserve(num_owned)
         if self.directory is not None:
             self.directory.reserve(num_noted)
+        if self._last_lse is not None:
+            self.store.statistics.reserve_held(num_columns)
 
-    def growth_bytes(self, num_owned: int, num_noted: int) -> int:
+    def growth_bytes(self, num_owned: int, num_noted: int, num_columns: int) -> int:
         """What `reserve` would allocate."""
-        noted = 0 if self.directory is None else self.directory.growth_bytes(num_noted)
-        return self.store.growth_bytes(num_owned) + noted
+        growth = self.store.growth_bytes(num_owned)
+        if self.directory is not None:
+            growth += self.directory.growth_bytes(num_noted)
+        if self._last_lse is not None:
+            growth += self.store.statistics.held_growth_bytes(num_columns)
+        return growth
 
     def release(self, slot: int, window_slot: int | None) -> None:
         """Give back what a sequence holds here; `window_slot` is None where it is not at home."""
@@ -163,11 +170,15 @@ class LayerCache:
         if self.router is not None and window_slot is not None:
             self.router.release(window_slot)
 
-    def tensors(self) -> list[torch.Tensor]:
-        directory = [] if self.directory is None else self.directory.tensors()
-        own = [] if self._last_lse is None else [self._last_lse]
-        own += [] if self.router is None else self.router.tensors()
-        return self.window.tensors() + self.store.tensors() + directory + own
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """All tensors, by what they are for."""
+        parts = {"windows": self.window.tensors(), **self.store.parts()}
+        if self.directory is not None:
+            parts |= self.directory.parts()
+        parts["routing"] = [] if self.router is None else self.router.tensors()
+        if self._last_lse is not None:
+            parts["statistics"].append(self._last_lse)
+        return parts
 
     def check_integrity(self) -> None:
         """No page, and no note of one, is lost or held twice."""

@@ -32,31 +32,33 @@ class ShardStore:
     Args:
         spec: the layer.
         placement: which shards this rank owns.
-        ledger: numbers the tokens of all slots; layers that place tokens alike share one.
+        page_size: S.
+        num_slots: sequence slots of the whole group.
         max_pages: most pages that one sequence can fill on this rank.
         has_replicas: whether tokens can be stored in more than one shard.
 
     Attributes:
-        on_read: told of every list of pages that queries read; None: nobody asks.
+        on_read: told what queries read, as asked and as lists of pages and of token buffers; None:
+            nobody asks.
         on_seal: told of the keys, values, page numbers and sequences of pages that were sealed;
             None: nobody asks.
     """
 
     def __init__(
-        self, spec: LayerSpec, placement: Placement, ledger: PageLedger, max_pages: int,
-        has_replicas: bool,
+        self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
+        max_pages: int, has_replicas: bool,
     ):
         options, kv = spec.options, spec.kv
         self.placement = placement
-        self.ledger = ledger
-        self.page_size = page_size = ledger.page_size
-        self.num_slots = num_slots = len(ledger.num_pages)
+        self.page_size = page_size
+        self.num_slots = num_slots
         self.retention = options.retention.build()
         self._budget, self._kv = options.budget, kv
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
         self.pool = PagePool(self._codec, page_size, has_replicas, kv.device)
+        self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
         self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
         self._open_pages = KVPages.plain(
@@ -71,7 +73,7 @@ class ShardStore:
             )
         # What is read where nothing is left out changes with a flush only.
         self._lists: dict[tuple, PageList | torch.Tensor] = {}
-        self.on_read: Callable[[PageList], None] | None = None
+        self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
 
     def reserve(self, num_pages: int) -> None:
@@ -100,12 +102,17 @@ class ShardStore:
     @property
     def drops(self) -> bool:
         """Whether pages are given back before their sequence ends."""
-        return self.retention is not None or self._codec.ageing is not None
+        return self.num_verdicts > 0
+
+    @property
+    def num_verdicts(self) -> int:
+        """Lists of dropped columns that a flush gives: one a level of ageing, one of retention."""
+        return self._num_levels + (self.retention is not None)
 
     def age(self, slots: torch.Tensor, most_pages: int) -> list[torch.Tensor]:
         """Pool older pages of sequences [r]; see `prune` for what is returned, level by level."""
         drops = []
-        for level in range(0 if self._codec.ageing is None else self._codec.ageing.levels):
+        for level in range(self._num_levels):
             self._lists.clear()
             pages = self.table.page[slots, :most_pages]
             pair, drop = pool_level(
@@ -118,7 +125,8 @@ class ShardStore:
         return drops
 
     def admit(self, block: TokenBlock, num_pages: int | None = None) -> Admission:
-        """Number tokens; `num_pages` as of the ledger."""
+        """Number tokens, the same in every layer that places them alike; `num_pages` as of the
+        ledger."""
         mine = (block.slot >= 0) & (self.placement.owner(block.shard) == self.placement.rank)
         group = block.slot * self._shards + self.placement.local_shard(block.shard)
         return self.ledger.admit(torch.where(mine, group, self.ledger.padding_group), num_pages)
@@ -227,10 +235,15 @@ class ShardStore:
         if self.statistics is not None:
             self.statistics.release(slot)
 
-    def tensors(self) -> list[torch.Tensor]:
-        own = [*self.buffers.tensors.values(), *self.table.tensors(), *self._codec.tensors()]
-        statistics = [] if self.statistics is None else self.statistics.tensors()
-        return own + self.ledger.tensors() + self.pool.tensors() + statistics
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """All tensors, by what they are for."""
+        return {
+            "pages": [t for t in self.pool.kv if t is not None],
+            "codecs": self._codec.tensors(),
+            "buffers": list(self.buffers.tensors.values()),
+            "tables": self.table.tensors() + self.ledger.tensors() + self.pool.metadata(),
+            "statistics": [] if self.statistics is None else self.statistics.tensors(),
+        }
 
     def positions(self, slot: int) -> torch.Tensor:
         """Positions of the tokens stored for a sequence, in no order; replicas each count."""
@@ -265,6 +278,11 @@ class ShardStore:
         """Whether any token of a sequence is stored."""
         first = slot * self._shards
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
+
+    @property
+    def _num_levels(self) -> int:
+        """Times that pages are pooled as they age."""
+        return 0 if self._codec.ageing is None else self._codec.ageing.levels
 
     def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
         """Store the pages that became full, and list them."""
@@ -330,11 +348,12 @@ class ShardStore:
             "sealed", kept if reads.is_everything else None,
             lambda: self._sealed(reads, num_columns),
         )
-        if self.on_read is not None:
-            self.on_read(sealed)
-        return sealed, self._kept(
+        opened = self._kept(
             "open", kept if reads.visited is None else None, lambda: self._open(reads)
         )
+        if self.on_read is not None:
+            self.on_read(reads, sealed, opened)
+        return sealed, opened
 
     def _kept(
         self, name: str, key: tuple | None, make: Callable[[], Kept]

@@ -22,13 +22,13 @@ class ByteIds:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        raw = list(_CHARACTERS.encode())
-        ids = tokenizer.encode(_CHARACTERS, add_special_tokens=False)
-        if len(ids) != len(raw) or len(set(zip(raw, ids))) != len(set(raw)):
+        if not is_bytewise(tokenizer):
             raise ValueError(
                 "tokenizer.json: recall and perplexity a byte need a byte-level tokenizer, one "
                 "token a byte and no merges, as that of models/demo"
             )
+        raw = list(_CHARACTERS.encode())
+        ids = tokenizer.encode(_CHARACTERS, add_special_tokens=False)
         # What is no byte ends a text.
         self._table = torch.full((NUM_BYTES + 1,), tokenizer.eod)
         self._table[torch.tensor(raw)] = torch.tensor(ids)
@@ -36,3 +36,10 @@ class ByteIds:
     def translate(self, tokens: Tensor) -> Tensor:
         """The model's ids for byte ids of any shape."""
         return self._table[tokens.clamp(max=NUM_BYTES)]
+
+
+def is_bytewise(tokenizer: Tokenizer) -> bool:
+    """Whether every byte has a token of its own, and no token has more."""
+    raw = list(_CHARACTERS.encode())
+    ids = tokenizer.encode(_CHARACTERS, add_special_tokens=False)
+    return len(ids) == len(raw) and len(set(zip(raw, ids))) == len(set(raw))

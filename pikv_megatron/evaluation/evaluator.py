@@ -1,16 +1,15 @@
-"""Runs the tasks over one cache after the other, the lossless one first."""
+"""Runs tasks over caches, the lossless one first."""
 
-from typing import Callable
+from collections.abc import Callable, Sequence
 
-import torch
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
 
 from pikv_megatron.config import PiKVConfig
-from pikv_megatron.evaluation.codec_errors import CodecErrors
-from pikv_megatron.evaluation.figures import Evaluation, Figures, judge, summed
+from pikv_megatron.evaluation.figures import Figures
+from pikv_megatron.evaluation.judge import Judge, Reference
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.teacher_forcing import TeacherForcing
+from pikv_megatron.evaluation.watch import Watch
 from pikv_megatron.layer_options import LayerOptions
 from pikv_megatron.transformer.context import PiKVInferenceContext
 from pikv_megatron.transformer.layer_shapes import layer_shapes
@@ -24,17 +23,11 @@ class Evaluator:
     Args:
         model: with PiKV layers, of any configuration: contexts bring their own.
         vocab_size: ids that can be predicted.
-        tasks: by name, of one length.
         batch_size: sequences of all ranks that are fed at once.
     """
 
-    def __init__(
-        self, model: GPTModel, vocab_size: int, tasks: dict[str, Task], batch_size: int
-    ):
-        self._model, self._vocab_size = model, vocab_size
-        self._tasks, self._batch_size = tasks, batch_size
-        # By task, a tensor a batch: this rank's log-probabilities from the lossless cache.
-        self._reference: dict[str, list[Tensor]] = {}
+    def __init__(self, model: GPTModel, vocab_size: int, batch_size: int):
+        self._model, self._vocab_size, self._batch_size = model, vocab_size, batch_size
 
     def check(self, pikv: PiKVConfig) -> None:
         """See that a configuration fits the model.
@@ -44,62 +37,44 @@ class Evaluator:
         """
         pikv.resolve(layer_shapes(self._model))
 
-    def num_steps(self, pikv: PiKVConfig) -> int:
+    def num_steps(self, parts: Sequence[Task], pikv: PiKVConfig) -> int:
         """Forward passes of a `run`."""
+        ranks = self._model.pg_collection.ep.size()
         return sum(
-            -(-batch.prompt_len // pikv.prefill_chunk_size) + batch.num_decode_steps
-            for task in self._tasks.values() for batch in task.batches(self._batch_size)
+            -(-len(batch.ids) // ranks) * -(-batch.prompt_len // pikv.prefill_chunk_size)
+            + batch.num_decode_steps
+            for part in parts for batch in part.batches(self._batch_size)
         )
 
-    def run(self, name: str, pikv: PiKVConfig, on_step: Callable[[], None]) -> Evaluation:
-        """Measure one cache; the first run's is the reference, so it is to be lossless."""
-        context = self._new_context(pikv)
-        forcing = TeacherForcing(self._model, context, self._vocab_size, on_step)
-        errors = CodecErrors(context)
-        figures = {
-            task: self._measure(task, forcing, context.ep_group) for task in self._tasks
-        }
-        num_bytes = torch.tensor(context.allocated_bytes(), device=forcing.device)
-        errors.lost, errors.whole = (
-            summed(x, context.ep_group) for x in (errors.lost, errors.whole)
-        )
-        return Evaluation(
-            name, pikv, figures, int(summed(num_bytes, context.ep_group)), _token_bytes(context),
-            errors.relative().tolist(),
-        )
+    def run(
+        self, parts: Sequence[Task], pikv: PiKVConfig, reference: Reference,
+        on_step: Callable[[], None],
+    ) -> Figures:
+        """Measure one cache on a task's parts.
 
-    def _new_context(self, pikv: PiKVConfig) -> PiKVInferenceContext:
-        per_rank = -(-self._batch_size // self._model.pg_collection.ep.size())
-        longest = max(task.ids.shape[1] for task in self._tasks.values())
-        return PiKVInferenceContext.for_model(self._model, pikv, per_rank, longest)
-
-    def _measure(self, name: str, forcing: TeacherForcing, group) -> Figures:
-        forcing.reset()
-        judged = torch.zeros(4, dtype=torch.float64)
-        for index, batch in enumerate(self._tasks[name].batches(self._batch_size)):
-            logprobs = forcing.logits(batch).log_softmax(dim=2)
-            reference = self._reference_of(name, index, logprobs)
-            targets = batch.ids[:, batch.prompt_len :]
-            own = forcing.own(targets), forcing.own(batch.is_judged)
-            judged += judge(logprobs, *own, reference)
-        pages = [summed(counts, group) for counts in forcing.counter.counts()]
-        judged = summed(judged.to(forcing.device), group)
-        return Figures.of(judged, pages, forcing.step_seconds)
-
-    def _reference_of(self, name: str, index: int, logprobs: Tensor) -> Tensor:
-        known = self._reference.setdefault(name, [])
-        if index == len(known):
-            known.append(logprobs)
-        return known[index]
-
-
-def _token_bytes(context: PiKVInferenceContext) -> float:
-    """Of the pools of all layers that have any, for a token that they have room for."""
-    total = 0.0
-    for layer in context.sharded_layers:
-        pool = layer.store.pool
-        total += sum(t.nbytes for t in pool.tensors()) / pool.position.numel()
-    return total
+        Args:
+            reference: what the lossless cache said; empty: this one is the lossless, and fills it.
+        """
+        most = min(self._batch_size, max(len(part.ids) for part in parts))
+        per_rank = -(-most // self._model.pg_collection.ep.size())
+        longest = max(part.ids.shape[1] for part in parts)
+        context = PiKVInferenceContext.for_model(self._model, pikv, per_rank, longest)
+        watch, judge = Watch(self._model, context), Judge()
+        forcing = TeacherForcing(self._model, context, self._vocab_size, on_step, watch)
+        is_first = not reference.tasks
+        if is_first:
+            reference.tasks = [b for part in parts for b in part.batches(self._batch_size)]
+            reference.logprobs = [[] for _ in reference.tasks]
+        for task, logprobs in zip(reference.tasks, reference.logprobs):
+            targets = forcing.own(task.ids[:, task.prompt_len :])
+            judge.start(targets, forcing.own(task.answer))
+            # Greedy text is written into `task.ids`, and so into `targets`, as it comes.
+            for place, logits in forcing.feed(task, follows=is_first and task.is_free):
+                heard = judge.hear(place, logits, None if is_first else logprobs[place])
+                if is_first:
+                    logprobs.append(heard)
+            judge.end()
+        return watch.figures(judge.sums)
 
 
 def lossless(pikv: PiKVConfig) -> PiKVConfig:

@@ -2,12 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from statistics import mean
-
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any
 
 from pikv_megatron.config import PiKVConfig
 
@@ -17,90 +12,98 @@ class Figures:
     """One cache on one task, all ranks together.
 
     Attributes:
-        num_judged: tokens.
-        accuracy: share of them that were the likeliest.
-        perplexity: of a judged token, which is a byte.
+        num_answers: how many were asked for.
+        exact: share of them that were right to the last token, as greedy text would have been.
+        num_judged: tokens of the answers.
+        accuracy: share of the tokens that were the likeliest.
+        perplexity: of a judged token.
         divergence: mean Kullback-Leibler divergence of the prediction from the lossless cache's,
             nats.
+        agreed_tokens: mean tokens of a sequence until the likeliest one is not the judged one; of
+            greedy text, until it leaves the lossless cache's.
         pages_read: by layer, share of the pages in shards that a decode step read.
         pages_kept: by layer, share of the pages ever filled that were there in the end.
+        mass_read: by layer, share of the true attention over all tokens that a decode step read,
+            windows included.
+        held_bytes: of the rank whose cache is largest, metadata included.
+        dense_bytes: of one dense cache of the sequences, in bfloat16.
+        read_bytes: of a decode step and sequence, all layers: windows, pages, sketches.
+        dense_read_bytes: the same over the dense cache.
+        token_bytes: of a token in a sealed page, all layers, scales and metadata included.
+        errors: by layer, of keys and of values, by KV head: |x - x^| / |x| of what was sealed.
         step_ms: mean milliseconds of a decode step on the first rank.
+        batch_size: sequences that a step feeds.
+        tokens_by_shard: by layer and shard, held in the end.
+        kept_by_position: by layer and part of the sequence, share of the tokens that left the
+            window that were there in the end; -1 where none left it.
+        tokens_by_expert: by expert and shard, of prompts, all layers together.
     """
 
+    num_answers: int
+    exact: float
     num_judged: int
     accuracy: float
     perplexity: float
     divergence: float
+    agreed_tokens: float
     pages_read: list[float]
     pages_kept: list[float]
-    step_ms: float
-
-    @classmethod
-    def of(cls, judged: Tensor, pages: list[Tensor], step_seconds: list[float]) -> "Figures":
-        """From what `judge` gave, summed, and from read, held, kept and sealed pages."""
-        count, right, loss, divergence = judged.tolist()
-        read, held, kept, sealed = (counts.double() for counts in pages)
-        return cls(
-            num_judged=round(count),
-            accuracy=right / count,
-            perplexity=math.exp(loss / count),
-            divergence=divergence / count,
-            pages_read=_shares(read, held),
-            pages_kept=_shares(kept, sealed),
-            step_ms=1000 * mean(step_seconds),
-        )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One cache on every task.
-
-    Attributes:
-        name: of the configuration.
-        pikv: the configuration.
-        figures: by task.
-        allocated_bytes: of all ranks' caches.
-        token_bytes: of a token in a sealed page, all layers, scales and metadata included.
-        errors: by layer, of keys and of values, by KV head: |x - x^| / |x| of what was sealed.
-    """
-
-    name: str
-    pikv: PiKVConfig
-    figures: dict[str, Figures]
-    allocated_bytes: int
+    mass_read: list[float]
+    held_bytes: int
+    dense_bytes: int
+    read_bytes: float
+    dense_read_bytes: float
     token_bytes: float
     errors: list[list[list[float]]]
+    step_ms: float
+    batch_size: int
+    tokens_by_shard: list[list[int]]
+    kept_by_position: list[list[float]]
+    tokens_by_expert: list[list[int]]
+
+    @property
+    def held_share(self) -> float:
+        """Of the largest rank's cache in a dense one."""
+        return self.held_bytes / self.dense_bytes
+
+    @property
+    def read_share(self) -> float:
+        """Of what a step reads in what it reads of a dense cache."""
+        return self.read_bytes / self.dense_read_bytes
+
+    @property
+    def mean_mass(self) -> float:
+        """`mass_read` over layers."""
+        return sum(self.mass_read) / len(self.mass_read)
 
     def mean_error(self, side: int) -> float:
         """Of keys (0) or values (1), over layers and heads."""
-        return mean(error for layer in self.errors for error in layer[side])
+        errors = [error for layer in self.errors for error in layer[side]]
+        return sum(errors) / len(errors)
 
 
-def judge(logprobs: Tensor, targets: Tensor, is_judged: Tensor, reference: Tensor) -> Tensor:
-    """Judged tokens, those that were the likeliest, their loss and divergence, summed: [4].
+@dataclass(frozen=True)
+class Record:
+    """A configuration on a task.
 
-    Args:
-        logprobs: [n, t, V].
-        targets: [n, t], int64.
-        is_judged: [n, t], bool.
-        reference: [n, t, V], the lossless cache's.
+    Attributes:
+        name: of the configuration.
+        task: its name.
+        pikv: the configuration.
+        figures: what was measured.
     """
-    logprobs, targets, reference = (x[is_judged] for x in (logprobs, targets, reference))
-    is_right = logprobs.argmax(dim=1) == targets
-    loss = F.nll_loss(logprobs, targets, reduction="sum")
-    divergence = F.kl_div(logprobs, reference, reduction="sum", log_target=True)
-    count = torch.tensor(float(len(targets)))
-    return torch.stack([count, is_right.sum(), loss, divergence]).double()
+
+    name: str
+    task: str
+    pikv: dict[str, Any]
+    figures: Figures
+
+    @classmethod
+    def of(cls, name: str, task: str, pikv: PiKVConfig, figures: Figures) -> "Record":
+        """Of a configuration."""
+        return cls(name, task, pikv.model_dump(mode="json"), figures)
 
 
-def summed(numbers: Tensor, group) -> Tensor:
-    """The same over the ranks of `group`; None is one rank."""
-    if group is not None:
-        numbers = numbers.clone()
-        dist.all_reduce(numbers, group=group)
-    return numbers
-
-
-def _shares(part: Tensor, whole: Tensor) -> list[float]:
-    """Where there was no page, all of them were read and kept."""
-    return torch.where(whole > 0, part / whole.clamp(min=1), 1.0).tolist()
+def change(figures: Figures, reference: Figures) -> float:
+    """Of the perplexity over the lossless cache's; 0.01 is a percent."""
+    return math.exp(math.log(figures.perplexity) - math.log(reference.perplexity)) - 1

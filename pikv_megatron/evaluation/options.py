@@ -1,9 +1,9 @@
 """The command line of `launch/evaluate.py`, checked before anything is loaded."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import torch
 
@@ -12,10 +12,12 @@ from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.config import PiKVConfig
-from pikv_megatron.evaluation.byte_ids import ByteIds
-from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive, writable
-
-MIN_LENGTH = 16  # one pair and one question
+from pikv_megatron.evaluation.byte_ids import is_bytewise
+from pikv_megatron.evaluation.evaluator import LOSSLESS, lossless
+from pikv_megatron.evaluation.task import Task
+from pikv_megatron.evaluation.tasks.base import Source
+from pikv_megatron.evaluation.tasks.registry import TASKS
+from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive
 
 
 @dataclass(frozen=True)
@@ -25,24 +27,33 @@ class EvaluateOptions:
     Attributes:
         model: a Hugging Face directory.
         architecture: what its `config.json` describes.
-        byte_ids: its tokenizer's ids of bytes.
-        caches: the configurations by name.
+        source: what tasks are made of.
+        caches: the configurations by name, first a lossless one that the others are judged by.
+        tasks: names.
         length: tokens of a sequence.
-        num_questions: of the recall task, at least.
-        num_texts: windows of text.
+        samples: sequences of a task; None: as many as the task is used to.
+        seed: of the tasks.
+        batch_size: sequences of all ranks that are fed at once.
         dtype: type of weights and caches.
-        output: file for all figures, JSON.
+        out: folder for the results and the report; None: they are printed only.
     """
 
     model: Path
     architecture: Architecture
-    byte_ids: ByteIds
+    source: Source
     caches: dict[str, PiKVConfig]
+    tasks: tuple[str, ...]
     length: int
-    num_questions: int
-    num_texts: int
+    samples: int | None
+    seed: int
+    batch_size: int
     dtype: torch.dtype
-    output: Path | None
+    out: Path | None
+
+    def build(self, task: str) -> list[Task]:
+        """The sequences of a task."""
+        kind = TASKS[task]
+        return kind.build(self.source, self.length, self.samples or kind.num_samples, self.seed)
 
 
 def parse_options(argv: Sequence[str]) -> EvaluateOptions:
@@ -59,38 +70,61 @@ def parse_options(argv: Sequence[str]) -> EvaluateOptions:
         raise ValueError(f"--model {args.model}: there is no such directory")
     architecture = read_architecture(args.model)
     _check_length(args.length, architecture)
+    for option in ("text", "lines"):
+        path = getattr(args, option)
+        if path is not None and not path.is_file():
+            raise ValueError(f"--{option} {path}: there is no such file")
+    if args.out is not None and (args.out.is_file() or not os.access(_parent(args.out), os.W_OK)):
+        raise ValueError(f"--out {args.out}: cannot write a folder there")
+    tokenizer = Tokenizer.from_directory(args.model)
+    source = Source(tokenizer, is_bytewise(tokenizer), args.text, args.lines)
     return EvaluateOptions(
         model=args.model,
         architecture=architecture,
-        byte_ids=ByteIds(Tokenizer.from_directory(args.model)),
+        source=source,
         caches=_read_caches(args.pikv, args.length, architecture),
+        tasks=_tasks(args.tasks, source),
         length=args.length,
-        num_questions=args.questions,
-        num_texts=args.texts,
+        samples=args.samples,
+        seed=args.seed,
+        batch_size=args.batch_size,
         dtype=DTYPES[args.dtype],
-        output=writable(args.output),
+        out=args.out,
     )
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("Measure what caches cost in quality beside the lossless one")
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="Hugging Face directory, byte-level")
+    add("--model", type=Path, required=True, help="Hugging Face directory")
     add("--pikv", nargs="+", required=True, metavar="FILE",
         help="YAML files of caches, or names of presets")
+    add("--tasks", nargs="+", metavar="NAME",
+        help=f"of {', '.join(TASKS)}; default: all that fit the model")
+    add("--out", type=Path, metavar="DIR",
+        help="folder for results.json, report.md and report.html; what is there is not run again")
     add("--length", type=positive(int), default=1024, help="tokens of a sequence; default: 1024")
-    add("--questions", type=positive(int), default=192,
-        help="of the recall task, rounded up to whole sequences; default: 192")
-    add("--texts", type=positive(int), default=16, help="windows of text; default: 16")
+    add("--samples", type=positive(int), help="sequences of a task; default: 8, recall 24, text 16")
+    add("--seed", type=int, default=0, help="of the tasks; default: 0")
+    add("--batch-size", type=positive(int), default=16,
+        help="sequences that are fed at once; default: 16")
+    add("--text", type=Path, metavar="FILE",
+        help="for perplexity; default: sources of Python's library that the demo model never saw")
+    add("--lines", type=Path, metavar="FILE",
+        help="JSON lines with context, input and answers, as LongBench has them")
     add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
-    add("--output", type=Path, help="all figures, JSON")
     return parser
 
 
+def _parent(path: Path) -> Path:
+    """The nearest folder that is there."""
+    return next(folder for folder in [path, *path.absolute().parents] if folder.is_dir())
+
+
 def _check_length(length: int, architecture: Architecture) -> None:
-    if not MIN_LENGTH <= length <= architecture.max_sequence_length:
+    if length > architecture.max_sequence_length:
         raise ValueError(
-            f"--length {length} must lie between {MIN_LENGTH} and the model's longest sequence, "
+            f"--length {length} exceeds the model's longest sequence, "
             f"{architecture.max_sequence_length}"
         )
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -101,6 +135,18 @@ def _check_length(length: int, architecture: Architecture) -> None:
         )
 
 
+def _tasks(names: Sequence[str] | None, source: Source) -> tuple[str, ...]:
+    if names is None:
+        return tuple(name for name, kind in TASKS.items() if kind.unfit(source) is None)
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"--tasks {name}: the tasks are {', '.join(TASKS)}")
+        reason = TASKS[name].unfit(source)
+        if reason is not None:
+            raise ValueError(f"--tasks {name}: it {reason}")
+    return tuple(dict.fromkeys(names))
+
+
 def _read_caches(
     names: Sequence[str], length: int, architecture: Architecture
 ) -> dict[str, PiKVConfig]:
@@ -109,6 +155,8 @@ def _read_caches(
         name, pikv = Path(text).stem, read_cache(text)
         if name in caches:
             raise ValueError(f"--pikv {text}: another one is called {name}, too; rename one")
+        if name == LOSSLESS and pikv != lossless(pikv):
+            raise ValueError(f"--pikv {text}: it is not lossless; rename it")
         if length > (pikv.max_sequence_length or length):
             raise ValueError(
                 f"--pikv {text}: max_sequence_length {pikv.max_sequence_length} is less than "
@@ -121,7 +169,8 @@ def _read_caches(
             )
         Placement.resolve(pikv, int(os.environ.get("WORLD_SIZE", "1")))
         caches[name] = pikv
-    return caches
+    # The reference is laid out as the first of the others, unless one of that name is given.
+    return {LOSSLESS: lossless(next(iter(caches.values()))), **caches}
 
 
 def read_cache(text: str) -> PiKVConfig:

@@ -41,7 +41,7 @@ class ModelRunner:
         self.context.begin_step(rows, device)
         plan, own = self.context.plan, feeds[self.context.rank]
         ids, last = self._token_ids(plan, own), self._last_tokens(plan, own)
-        with self._only(last):
+        with only_tokens(self.model, last):
             logits = self.model(
                 ids.to(device), plan.tokens.positions.unsqueeze(0), None,
                 inference_context=self.context, runtime_gather_output=True,
@@ -63,17 +63,22 @@ class ModelRunner:
         rows = [row_of[feed.sequence.cached.slot] for feed in own if feed.is_whole]
         return plan.tokens.last_tokens[torch.tensor(rows, dtype=torch.int64)]
 
-    @contextmanager
-    def _only(self, last: torch.Tensor) -> Iterator[None]:
-        """Give the output layer, the widest of all, those tokens only: [T, 1, h] -> [1, m, h].
 
-        Where there are none it gets one, as not every output layer takes an empty batch.
-        """
-        kept = last if len(last) else last.new_zeros(1)
-        handle = self.model.decoder.register_forward_hook(
-            lambda decoder, args, hidden_states: hidden_states[kept].transpose(0, 1)
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
+@contextmanager
+def only_tokens(model: GPTModel, places: torch.Tensor) -> Iterator[None]:
+    """Give the output layer, the widest of all, those tokens only: [T, 1, h] -> [1, m, h].
+
+    Where there are none it gets one, as not every output layer takes an empty batch.
+
+    Args:
+        model: what is fed meanwhile.
+        places: [m], int64, of the tokens in the pass.
+    """
+    kept = places if len(places) else places.new_zeros(1)
+    handle = model.decoder.register_forward_hook(
+        lambda decoder, args, hidden_states: hidden_states[kept].transpose(0, 1)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()

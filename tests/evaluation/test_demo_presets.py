@@ -9,41 +9,46 @@ from pikv_megatron import PiKVConfig, pikv_layer_spec
 from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.demo.tokenizer import VOCAB_SIZE
-from pikv_megatron.evaluation.byte_ids import ByteIds
 from pikv_megatron.evaluation.evaluator import LOSSLESS, Evaluator, lossless
-from pikv_megatron.evaluation.figures import Evaluation
-from pikv_megatron.evaluation.report import change
-from pikv_megatron.evaluation.task import RECALL, build_tasks
+from pikv_megatron.evaluation.figures import Figures, change
+from pikv_megatron.evaluation.judge import Reference
+from pikv_megatron.evaluation.tasks.base import Source
+from pikv_megatron.evaluation.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models/demo"
-LENGTH, QUESTIONS, TEXTS = 1024, 64, 8
+LENGTH, SAMPLES = 1024, {"recall": 8, "text": 8}
 PRESETS = "low_rank_16th", "low_rank_mass", "low_rank_8th_tail"
 # What files of configs/methods may cost of perplexity, and how many times smaller pages are.
 CODECS = {
     "int8": (0.001, 3.0), "int4": (0.002, 5.0), "k4_v2": (0.005, 6.0), "budget_150": (0.01, 9.0),
 }
+Evaluations = dict[str, dict[str, Figures]]  # by cache and task
 
 
 @pytest.fixture(scope="module")
-def evaluations(one_rank) -> dict[str, Evaluation]:
+def evaluations(one_rank) -> Evaluations:
     model = load_huggingface(
         MODEL, one_rank, torch.float32,
         spec_transform=lambda spec: pikv_layer_spec(spec, PiKVConfig()),
     ).eval()
-    byte_ids = ByteIds(Tokenizer.from_directory(MODEL))
-    tasks = build_tasks(byte_ids, LENGTH, QUESTIONS, TEXTS)
-    evaluator = Evaluator(model, VOCAB_SIZE, tasks, batch_size=8)
+    evaluator = Evaluator(model, VOCAB_SIZE, batch_size=8)
     caches = {name: PiKVConfig(preset=name) for name in PRESETS}
     files = {name: ROOT / f"configs/methods/{name}.yaml" for name in CODECS}
     caches |= {name: PiKVConfig.from_file(file) for name, file in files.items()}
     caches = {LOSSLESS: lossless(caches[PRESETS[0]]), **caches}
-    return {name: evaluator.run(name, pikv, lambda: None) for name, pikv in caches.items()}
+    source = Source(Tokenizer.from_directory(MODEL), is_bytewise=True)
+    found: Evaluations = {name: {} for name in caches}
+    for task, count in SAMPLES.items():
+        parts, reference = TASKS[task].build(source, LENGTH, count, 0), Reference()
+        for name, pikv in caches.items():
+            found[name][task] = evaluator.run(parts, pikv, reference, lambda: None)
+    return found
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *CODECS])
 def test_recall_is_that_of_the_lossless_cache(evaluations, name):
-    found, whole = (evaluations[n].figures[RECALL].accuracy for n in (name, LOSSLESS))
+    found, whole = (evaluations[n]["recall"].accuracy for n in (name, LOSSLESS))
     assert found >= whole - 0.01 and whole >= 0.98
 
 
@@ -51,20 +56,21 @@ def test_recall_is_that_of_the_lossless_cache(evaluations, name):
     "name, most", [("low_rank_mass", 0.005), ("low_rank_8th_tail", 0.01)]
 )
 def test_text_costs_little(evaluations, name, most):
-    assert change(evaluations[name], evaluations[LOSSLESS]) <= most
+    assert change(evaluations[name]["text"], evaluations[LOSSLESS]["text"]) <= most
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_codecs_cost_little_and_save_much(evaluations, name):
     most, times = CODECS[name]
-    assert change(evaluations[name], evaluations[LOSSLESS]) <= most
-    assert evaluations[LOSSLESS].token_bytes >= times * evaluations[name].token_bytes
+    found, whole = (evaluations[n]["text"] for n in (name, LOSSLESS))
+    assert change(found, whole) <= most
+    assert whole.token_bytes >= times * found.token_bytes
 
 
 def test_a_small_part_is_read(evaluations):
     """Budgets are rounded up to whole pages; what the mass needs differs by layer."""
     for name, share in (("low_rank_16th", 1 / 16), ("low_rank_8th_tail", 1 / 8)):
-        for figures in evaluations[name].figures.values():
+        for figures in evaluations[name].values():
             assert all(share <= read < share + 0.02 for read in figures.pages_read)
-    by_layer = evaluations["low_rank_mass"].figures[RECALL].pages_read
+    by_layer = evaluations["low_rank_mass"]["recall"].pages_read
     assert max(by_layer) < 0.8 and min(by_layer) < max(by_layer) / 2

@@ -171,7 +171,8 @@ def test_what_cannot_be_generated_is_refused(lm, prompts, settings, message):
 
 def test_the_report_counts_the_allocated_tensors(lm):
     lm.generate(PROMPTS, max_new_tokens=5)
-    tensors = [t for layer in lm.engine.context.layers.values() for t in layer.tensors()]
+    parts = [part for layer in lm.engine.context.layers.values() for part in layer.parts().values()]
+    tensors = [t for part in parts for t in part]
     assert lm.cache_report().allocated_bytes == sum(t.untyped_storage().nbytes() for t in tensors)
     assert lm.cache_report().num_decode_steps == 4
 

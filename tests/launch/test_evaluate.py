@@ -1,13 +1,11 @@
 """launch/evaluate.py on a tiny model: complete with and without the launcher, and it refuses."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from launcher import launch
+from launcher import launch, run_alone
 from tiny_directory import save_tiny_mixtral
 from tokenizers import Tokenizer, models
 
@@ -16,7 +14,7 @@ from pikv_megatron.evaluation.options import parse_options
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "launch/evaluate.py"
 SIZES = "shard_after: 0\npage_size: 4\nnum_sinks: 2\nwindow: 8\nflush_interval: 3\n"
-SMALL = ["--length", "64", "--questions", "8", "--texts", "3"]
+SMALL = ["--length", "64", "--samples", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -39,49 +37,67 @@ def arguments(folder: Path, *caches: str) -> list[str]:
     return ["--model", str(folder / "model"), "--pikv", *caches, *SMALL]
 
 
-def run_alone(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments],
-        capture_output=True, text=True, timeout=240, env=environment, cwd="/",
-    )
+def results(folder: Path) -> dict[tuple[str, str], dict]:
+    records = json.loads((folder / "results.json").read_text())["records"]
+    return {(record["name"], record["task"]): record for record in records}
 
 
-def test_one_rank_and_two_find_the_same(folder, tmp_path):
+def test_one_rank_and_two_find_the_same_and_nothing_is_run_twice(folder, tmp_path):
     caches = [str(folder / name) for name in ("third.yaml", "eight_bits.yaml")]
     found = []
-    for name, run in (("one", run_alone), ("two", lambda *a: launch(PROGRAM, *a, timeout=240))):
-        output = tmp_path / f"{name}.json"
-        done = run(*arguments(folder, *caches), "--output", str(output))
+    for name, run in (("one", run_alone), ("two", partial(launch, timeout=240))):
+        done = run(PROGRAM, *arguments(folder, *caches), "--out", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
-        for cell in ("lossless", "third", "recall"):
+        for cell in ("lossless", "third", "recall", "held / dense"):
             assert cell in done.stdout
-        found.append(json.loads(output.read_text()))
-    check_report(found[0])
-    assert found[1]["command"].startswith("deepspeed --num_accelerators 2 ")
-    one, two = (report["results"][0] for report in found)
-    assert two["text"]["perplexity"] == pytest.approx(one["text"]["perplexity"], rel=1e-5)
-    assert two["recall"]["accuracy"] == one["recall"]["accuracy"]
+        found.append(results(tmp_path / name))
+        assert "| third |" in (tmp_path / name / "report.md").read_text()
+        assert "</svg>" in (tmp_path / name / "report.html").read_text()
+    one, two = found
+    check_records(one)
+    for key, record in two.items():
+        assert record["command"].startswith("deepspeed --num_accelerators 2 ")
+        figures, others = record["figures"], one[key]["figures"]
+        if key[0] == "lossless":
+            assert figures["perplexity"] == pytest.approx(others["perplexity"], rel=1e-5)
+            assert figures["accuracy"] == others["accuracy"]
+    check_that_it_resumes(folder, tmp_path / "one", caches, one)
 
 
-def check_report(report: dict) -> None:
-    assert "launch/evaluate.py --model" in report["command"] and report["machine"]["cpu"]
-    assert report["dtype"] == "float32" and report["length"] == 64
-    results = {result["name"]: result for result in report["results"]}
-    assert list(results) == ["lossless", "third", "eight_bits"]
-    assert results["lossless"]["perplexity_change"] == 0
-    assert results["lossless"]["pikv"]["page_size"] == 4
-    assert results["third"]["pikv"]["selector"]["share"] == 0.3
-    assert all(0.3 <= share < 0.5 for share in results["third"]["text"]["pages_read"])
-    assert results["eight_bits"]["bytes_over_lossless"] < 1
-    for result in report["results"]:
-        assert result["recall"]["num_judged"] == 8 and result["text"]["num_judged"] == 96
-        assert result["text"]["step_ms"] > 0
+def check_that_it_resumes(
+    folder: Path, out: Path, caches: list[str], known: dict[tuple[str, str], dict]
+) -> None:
+    """After an interruption before one record, that one alone is measured, and as it was."""
+    lost = known["third", "text"]
+    kept = [record for record in known.values() if record is not lost]
+    (out / "results.json").write_text(json.dumps({"records": kept}))
+    done = run_alone(PROGRAM, *arguments(folder, *caches), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "text: third: " in done.stderr and "eight_bits: " not in done.stderr
+    again = results(out)
+    assert set(again) == set(known)
+    found = again["third", "text"]["figures"]
+    assert found | {"step_ms": 0.0} == lost["figures"] | {"step_ms": 0.0}
+
+
+def check_records(records: dict) -> None:
+    caches, tasks = ("lossless", "third", "eight_bits"), ("recall", "text", "greedy")
+    assert set(records) == {(cache, task) for cache in caches for task in tasks}
+    for record in records.values():
+        assert "launch/evaluate.py --model" in record["command"] and record["machine"]["cpu"]
+        settings = record["settings"]
+        assert settings["dtype"] == "float32" and settings["length"] == 64
+        assert settings["expert_parallel_size"] == 1
+    text = {cache: records[cache, "text"]["figures"] for cache in caches}
+    assert records["lossless", "text"]["pikv"]["page_size"] == 4
+    assert records["third", "text"]["pikv"]["selector"]["share"] == 0.3
+    assert all(0.3 <= share < 0.5 for share in text["third"]["pages_read"])
+    assert text["eight_bits"]["held_bytes"] < text["lossless"]["held_bytes"]
+    assert text["lossless"]["divergence"] == 0 and text["third"]["divergence"] > 0
 
 
 def test_wrong_input_ends_with_one_line_and_code_2(folder):
-    run = run_alone(*arguments(folder, "/does/not/exist.yaml"))
+    run = run_alone(PROGRAM, *arguments(folder, "/does/not/exist.yaml"))
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: /does/not/exist.yaml: cannot read")
     assert "Traceback" not in run.stderr
@@ -90,6 +106,9 @@ def test_wrong_input_ends_with_one_line_and_code_2(folder):
 def test_reads_files_and_presets(folder):
     options = parse_options(arguments(folder, "lossless", str(folder / "third.yaml")))
     assert list(options.caches) == ["lossless", "third"]
+    assert options.caches["lossless"].page_size == 64 and options.tasks[0] == "recall"
+    options = parse_options(arguments(folder, str(folder / "third.yaml")))
+    assert options.caches["lossless"].page_size == 4
     assert options.caches["third"].page_size == 4
 
 
@@ -114,12 +133,14 @@ def test_refuses_a_cache(folder, tmp_path, text, message):
         (["--pikv", "unheard_of"], "preset 'unheard_of' is unknown"),
         (["--pikv", "lossless", "lossless"], "--pikv lossless: another one"),
         (["--pikv"], "--pikv"),
-        (["--length", "8"], "--length 8 must lie between 16 and"),
         (["--length", "4096"], "--length 4096"),
-        (["--questions", "0"], "--questions"),
-        (["--texts", "few"], "--texts"),
+        (["--samples", "0"], "--samples"),
+        (["--tasks", "chess"], "--tasks chess: the tasks are needle"),
+        (["--tasks", "needle"], "--tasks needle: it needs a tokenizer of words"),
+        (["--tasks", "json_lines"], "--tasks json_lines: it needs a file: --lines FILE"),
+        (["--text", "/does/not/exist"], "--text /does/not/exist: there is no such file"),
         (["--dtype", "int4"], "int4"),
-        (["--output", "/does/not/exist/out.json"], "--output /does/not/exist/out.json"),
+        (["--out", str(PROGRAM)], f"--out {PROGRAM}: cannot write a folder there"),
     ],
 )
 def test_refuses(folder, changes, message):
@@ -134,8 +155,14 @@ def test_refuses_ranks_that_cannot_share(folder, monkeypatch):
         parse_options(arguments(folder, "lossless"))
 
 
-def test_refuses_tokens_that_are_no_bytes(folder, tmp_path):
+def test_another_tokenizer_has_other_tasks(folder, tmp_path):
     save_tiny_mixtral(tmp_path)
     Tokenizer(models.WordLevel({"word": 0}, "word")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="byte-level tokenizer"):
-        parse_options([*arguments(folder, "lossless"), "--model", str(tmp_path)])
+    options = parse_options([*arguments(folder, "lossless"), "--model", str(tmp_path)])
+    assert "needle" in options.tasks and "recall" not in options.tasks
+
+
+def test_refuses_a_lossy_cache_of_the_reference_s_name(tmp_path, folder):
+    (tmp_path / "lossless.yaml").write_text(SIZES + "codec: {format: int8}\n")
+    with pytest.raises(ValueError, match="it is not lossless; rename it"):
+        parse_options(arguments(folder, str(tmp_path / "lossless.yaml")))

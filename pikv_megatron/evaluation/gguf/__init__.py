@@ -1,0 +1,1 @@
+"""A real model for evaluation, from a GGUF file."""
