@@ -68,7 +68,8 @@ class _LayerTraffic:
 
     def query(self) -> float:
         spec, ranks = self._layer.spec, self._target.num_ranks
-        query = spec.num_heads * spec.kv.key_width * spec.kv.dtype.itemsize
+        width, _ = spec.sent_widths or (spec.kv.key_width, spec.kv.value_width)
+        query = spec.num_heads * width * spec.kv.dtype.itemsize
         told = WORD * self._header_words()
         if self._gathers:
             return self._target.num_own * (query + ranks * told)
@@ -77,7 +78,8 @@ class _LayerTraffic:
 
     def combine(self) -> float:
         spec, target = self._layer.spec, self._target
-        numbers = spec.kv.value_width + 1  # and the log-sum-exp
+        _, width = spec.sent_widths or (spec.kv.key_width, spec.kv.value_width)
+        numbers = width + 1  # and the log-sum-exp
         if self._is_routed and self._layer.router.learns:
             numbers += self._cache.placement.shards_per_rank
         if self._gathers:
