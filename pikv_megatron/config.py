@@ -135,7 +135,7 @@ class PiKVConfig(LayerOptions):
             )
             for number, shape in enumerate(layers)
         )
-        for spec in {spec[1:6]: spec for spec in specs}.values():
+        for spec in {spec[1:-1]: spec for spec in specs}.values():
             spec.options.sketch.build(spec.kv, self.page_size, 0)
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
             if self.cuda_graphs:

@@ -69,8 +69,7 @@ class PagePool:
         return [t for t in own if t is not None]
 
     def tensors(self) -> list[torch.Tensor]:
-        return [t for t in self.kv if t is not None] + self.metadata()
+        return self.kv.tensors + self.metadata()
 
     def _by_page(self) -> list[torch.Tensor | None]:
-        stored = [t for t in self.kv if isinstance(t, torch.Tensor)]
-        return [*stored, self.position, self.shard, self.earlier_shards]
+        return [*self.kv.tensors, self.position, self.shard, self.earlier_shards]

@@ -246,7 +246,7 @@ class ShardStore:
     def parts(self) -> dict[str, list[torch.Tensor]]:
         """All tensors, by what they are for."""
         return {
-            "pages": [t for t in self.pool.kv if t is not None],
+            "pages": self.pool.kv.tensors,
             "codecs": self._codec.tensors(),
             "buffers": list(self.buffers.tensors.values()),
             "tables": self.table.tensors() + self.ledger.tensors() + self.pool.metadata(),

@@ -69,7 +69,8 @@ class _LayerTraffic:
 
     def query(self) -> float:
         spec, ranks = self._layer.spec, self._target.num_ranks
-        query = spec.num_heads * spec.kv.key_width * spec.kv.dtype.itemsize
+        width, _ = spec.sent_widths or (spec.kv.key_width, spec.kv.value_width)
+        query = spec.num_heads * width * spec.kv.dtype.itemsize
         told = WORD * self._header_words()
         if self._gathers:
             return self._target.num_own * (query + ranks * told)
@@ -78,7 +79,8 @@ class _LayerTraffic:
 
     def combine(self) -> float:
         spec, target = self._layer.spec, self._target
-        words = num_words(spec.kv.value_width, spec.kv.dtype)
+        _, width = spec.sent_widths or (spec.kv.key_width, spec.kv.value_width)
+        words = num_words(width, spec.kv.dtype)
         if self._is_routed and self._layer.router.learns:
             words += self._cache.placement.shards_per_rank
         if self._gathers:
