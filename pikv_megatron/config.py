@@ -136,6 +136,12 @@ class PiKVConfig(LayerOptions):
             for number, shape in enumerate(layers)
         )
         for spec in {spec[1:-1]: spec for spec in specs}.values():
+            spec.options.retention.build()
+            if spec.options.retention.needs_scores and spec.kv.values_in_keys:
+                raise ValueError(
+                    f"retention {spec.options.retention.name} scores keys and values, and layer "
+                    f"{spec.number - 1} stores latent ones: name another policy"
+                )
             spec.options.sketch.build(spec.kv, self.page_size, 0)
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
             if self.cuda_graphs:

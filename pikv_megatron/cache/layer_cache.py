@@ -5,7 +5,7 @@ widths of cached keys and values, w_q and w_o of queries and outputs, G ranks. W
 absorbed (`HeadMaps`), queries are as wide as keys and outputs as values.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,6 +34,7 @@ from pikv_megatron.ops.sink_logit import with_sink
 from pikv_megatron.parallel.dispatcher import FLUSH_OP, KVDispatcher
 from pikv_megatron.parallel.packet import pack_bits, unpack_bits
 from pikv_megatron.relevance import Ask
+from pikv_megatron.retention.prompt import Prompt
 from pikv_megatron.types import AttentionState, PageList, Reads
 
 
@@ -72,6 +73,8 @@ class LayerCache:
         self._chunk: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._maps = GROUPED
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
+        # [t], of the step's tokens, where retention asks.
+        self._scores: torch.Tensor | None = None
         self._last_lse = None
         if store.statistics is not None and placement.num_ranks > 1:
             self._last_lse = torch.zeros(
@@ -123,6 +126,18 @@ class LayerCache:
             )
             self.window.write(own.window_slots, own.places, *tokens)
 
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether `score` is to be called in a step."""
+        return self.spec.options.retention.needs_scores
+
+    def score(self, prompts: Sequence[Prompt], plan: StepPlan) -> None:
+        """Let the retention policy score a step's prompts, in the order of `StepPlan.prefill.rows`;
+        a decoded token has no score: inf, so that its page stays."""
+        scores = [self.store.retention.score(prompt) for prompt in prompts]
+        decoded = self.window.score.new_full((plan.decode.num_rows,), torch.inf)
+        self._scores = torch.cat([decoded, *scores])
+
     def settle(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
         """Flush what leaves the windows and keep what stays, once the experts are known.
 
@@ -135,6 +150,11 @@ class LayerCache:
             self.window.write_experts(
                 own.window_slots, own.places, experts[: plan.decode.num_rows]
             )
+        if self._scores is not None and plan.decode.num_rows:
+            own = plan.decode.numbers
+            self.window.write_scores(
+                own.window_slots, own.places, self._scores[: plan.decode.num_rows]
+            )
         if plan.flush is not None:
             self._flush(plan, experts)
         if plan.prefill.rows:
@@ -146,7 +166,9 @@ class LayerCache:
             self.window.write(writes.slots, writes.places, *tokens)
             if experts is not None:
                 self.window.write_experts(writes.slots, writes.places, experts[writes.source])
-        self._chunk = self._prompts = None
+            if self._scores is not None:
+                self.window.write_scores(writes.slots, writes.places, self._scores[writes.source])
+        self._chunk = self._prompts = self._scores = None
 
     def reserve(self, num_owned: int, num_noted: int, num_columns: int) -> None:
         """Allocate pages on this rank, room in the directory for pages of its sequences, and what
@@ -352,7 +374,9 @@ class LayerCache:
     def _flush(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
         """Tokens leave for their shards; then owners drop the pages that are too many."""
         flush = plan.flush
-        block = leaving_tokens(self.window, self._chunk, flush, self._placement, experts)
+        block = leaving_tokens(
+            self.window, self._chunk, flush, self._placement, experts, self._scores
+        )
         if self.directory is not None:
             noted = flush.once("noted", lambda: self.directory.admit(block, flush.num_noted))
             self.directory.note(block, noted)

@@ -282,7 +282,10 @@ class PiKVInferenceContext(StaticInferenceContext):
             return SlidingCache(spec, self.max_batch_size)
         page_size, slots = self.pikv_config.page_size, self.max_batch_size
         max_pages = self.footprint.most_pages(self.max_sequence_length)
-        window = StreamWindow(spec.kv, slots, self.layout.size, self.keeps_experts)
+        window = StreamWindow(
+            spec.kv, slots, self.layout.size, self.keeps_experts,
+            spec.options.retention.needs_scores,
+        )
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,
             self.keeps_experts > 1,
