@@ -45,14 +45,15 @@ def _append(
     row = tl.load(offset + token, mask=is_token, other=0)
     is_kept = place >= 0
     _copy(keys, pool_keys, head, token, place, row, is_kept, key_width, BLOCK_K)
-    _copy(values, pool_values, head, token, place, row, is_kept, value_width, BLOCK_V)
+    if values is not None:
+        _copy(values, pool_values, head, token, place, row, is_kept, value_width, BLOCK_V)
 
 
 def append_kv(
     keys: torch.Tensor,
-    values: torch.Tensor,
+    values: torch.Tensor | None,
     pool_keys: torch.Tensor,
-    pool_values: torch.Tensor,
+    pool_values: torch.Tensor | None,
     page: torch.Tensor,
     offset: torch.Tensor,
 ) -> None:
@@ -60,8 +61,10 @@ def append_kv(
     num_groups, num_tokens, key_width = keys.shape
     if num_tokens == 0:
         return
-    value_width = values.shape[2]
-    pairs = [(t, t.stride()) for t in (keys, values, pool_keys, pool_values)]
+    value_width = key_width if values is None else values.shape[2]
+    pairs = [
+        None if t is None else (t, t.stride()) for t in (keys, values, pool_keys, pool_values)
+    ]
     _append[(triton.cdiv(num_tokens, BLOCK_T), num_groups)](
         *pairs, page.contiguous(), offset.contiguous(), num_tokens, key_width, value_width,
         BLOCK_T=BLOCK_T, BLOCK_K=triton.next_power_of_2(key_width),

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from pikv_kernels.page_tiles import (
+    key_numbers,
     load_high,
     load_rows,
     plane_numbers,
-    scale_keys,
     scale_values,
 )
 
@@ -33,7 +33,7 @@ def attend_split(
     VALUE_GROUPS: tl.constexpr, KEY_FORMAT: tl.constexpr, VALUE_FORMAT: tl.constexpr,
     KEY_LOADS: tl.constexpr, VALUE_LOADS: tl.constexpr, TILE_PAGES: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, IS_SHARED: tl.constexpr,
 ):
     """One split of the pages of one sequence, for a block of the rows of one KV head.
 
@@ -42,6 +42,9 @@ def attend_split(
     log-sum-exp is a reduction of the tile over its last dimension. Every product accumulates in
     float32, and its sum over tiles in a float32 accumulator, so that digits do not run out in long
     contexts.
+
+    Where values are the first columns of the keys, `values` are the keys: a tile of their first
+    VALUE_WIDTH columns serves both products, and `keys` are read behind them only.
 
     Example:
         S = ROWS = 3, BLOCK_N = 16: a page takes 4 lanes, the last one empty, and TILE_PAGES = 4.
@@ -64,8 +67,15 @@ def attend_split(
     # The row's place in [n, sq, np].
     place = (sequence * num_queries + row // GROUP) * (num_groups * GROUP)
     place = place + head * GROUP + row % GROUP
-    key_channel = tl.arange(0, BLOCK_K)
+    FIRST: tl.constexpr = VALUE_WIDTH if IS_SHARED else 0
+    HAS_KEYS: tl.constexpr = KEY_WIDTH > FIRST
+    key_channel = FIRST + tl.arange(0, BLOCK_K)
     value_channel = tl.arange(0, BLOCK_V)
+    if IS_SHARED:
+        shared_rows = tl.load(
+            query + place[:, None] * KEY_WIDTH + value_channel[None, :],
+            mask=is_row[:, None] & (value_channel < VALUE_WIDTH)[None, :], other=0.0,
+        )
     rows = tl.load(
         query + place[:, None] * KEY_WIDTH + key_channel[None, :],
         mask=is_row[:, None] & (key_channel < KEY_WIDTH)[None, :], other=0.0,
@@ -134,16 +144,22 @@ def attend_split(
                         keys, page, row_in_page + plane % KEY_LOADS * ROWS, is_lane, key_channel,
                         key_strides, KEY_WIDTH,
                     )
-                k = stored_k
-                if KEY_FORMAT > 0:
-                    k = plane_numbers(
-                        stored_k, high_k, row_in_page, plane // KEY_LOADS, ROWS, KEY_FORMAT
-                    )
-                    k = scale_keys(
-                        k, key_scale, key_zero, key_scale_strides, key_zero_strides, page, token,
-                        is_lane, key_channel, KEY_WIDTH, PAGE_SIZE, KEY_GROUPS,
-                    )
-                logits = tl.dot(rows, tl.trans(k.to(rows.dtype)), input_precision="ieee")
+                logits = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+                if IS_SHARED:
+                    # Keys are packed alike, so their rows are the values'.
+                    v = key_numbers(
+                        stored_v, high_v, key_scale, key_zero, key_scale_strides,
+                        key_zero_strides, page, row_in_page, token, is_lane, value_channel,
+                        plane, ROWS, KEY_FORMAT, VALUE_WIDTH, PAGE_SIZE, KEY_GROUPS,
+                    ).to(rows.dtype)
+                    logits = tl.dot(shared_rows, tl.trans(v), logits, input_precision="ieee")
+                if HAS_KEYS:
+                    k = key_numbers(
+                        stored_k, high_k, key_scale, key_zero, key_scale_strides,
+                        key_zero_strides, page, row_in_page, token, is_lane, key_channel,
+                        plane // KEY_LOADS, ROWS, KEY_FORMAT, KEY_WIDTH, PAGE_SIZE, KEY_GROUPS,
+                    ).to(rows.dtype)
+                    logits = tl.dot(rows, tl.trans(k), logits, input_precision="ieee")
                 logits = logits * softmax_scale
                 if log_multiplicity is not None:
                     logits += tl.load(log_multiplicity + page, mask=is_read, other=0.0)[None, :]
@@ -169,8 +185,9 @@ def attend_split(
                         values, page, row_in_page + plane % VALUE_LOADS * ROWS, is_lane,
                         value_channel, value_strides, VALUE_WIDTH,
                     )
-                v = stored_v
-                if VALUE_FORMAT > 0:
+                if not IS_SHARED:
+                    v = stored_v
+                if VALUE_FORMAT > 0 and not IS_SHARED:
                     v = plane_numbers(
                         stored_v, high_v, row_in_page, plane // VALUE_LOADS, ROWS, VALUE_FORMAT
                     )

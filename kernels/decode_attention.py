@@ -24,6 +24,8 @@ from pikv_kernels.packing import packing_of
 TILE_BYTES = 16 << 10
 # Shorter parts cost more in merging than they give in parallel work.
 MIN_SPLIT_TOKENS = 256
+# Of the sum of values that a program keeps in registers, 4 bytes each.
+ACCUMULATED = 16 << 10
 # Programs that a processor of the GPU can have under way at once.
 PROGRAMS_PER_PROCESSOR = 2
 # What the interpreter pretends to have, so that it goes through the splits, too.
@@ -55,7 +57,7 @@ def decode_attention(
         [n, sq, np, m] of each list's pages if asked for.
     """
     query = query.contiguous()
-    width = lists[0].pages.values.shape[3]
+    width = lists[0].pages.value_width
     launches = [_plan(query, each) for each in lists]
     num_parts = sum(launch.num_splits for launch in launches)
     shape, device = query.shape[:3], query.device
@@ -80,13 +82,18 @@ def decode_attention(
 def _plan(query: torch.Tensor, page_list: Any) -> _Launch:
     """Choose tiles and splits from shapes alone."""
     n, num_queries, num_heads, key_width = query.shape
-    keys, values = page_list.pages.keys, page_list.pages.values
-    num_groups = keys.shape[0]
+    pages, is_shared = page_list.pages, page_list.pages.values is None
+    keys, values = pages.keys, pages.keys if is_shared else pages.values
+    num_groups, value_width = keys.shape[0], pages.value_width
     group = num_heads // num_groups
-    m, page_size = page_list.table.shape[1], page_list.pages.page_size
-    block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (keys, values))
+    m, page_size = page_list.table.shape[1], pages.page_size
+    # Of shared rows, the values' columns are one tile and the keys' others another.
+    own_width = key_width - value_width if is_shared else key_width
+    block_k, block_v = (
+        max(16, triton.next_power_of_2(width)) for width in (own_width, value_width)
+    )
     formats = [packing_of(x, scale, page_size) for x, scale in (
-        (keys, page_list.pages.key_scale), (values, page_list.pages.value_scale)
+        (keys, pages.key_scale), (values, pages.key_scale if is_shared else pages.value_scale)
     )]
     num_planes = max(planes for _, planes in formats)
     rows = page_size // num_planes
@@ -95,14 +102,16 @@ def _plan(query: torch.Tensor, page_list: Any) -> _Launch:
     block_n = max(16, min(64, TILE_BYTES // row_bytes))
     lanes = min(triton.next_power_of_2(rows), block_n)
     tile_pages = block_n // lanes
-    block_m = min(64, max(16, triton.next_power_of_2(num_queries * group)))
+    most_rows = min(64, max(16, ACCUMULATED // block_v))
+    block_m = min(most_rows, max(16, triton.next_power_of_2(num_queries * group)))
     num_row_blocks = triton.cdiv(num_queries * group, block_m)
     tiling = dict(
-        GROUP=group, KEY_WIDTH=key_width, VALUE_WIDTH=values.shape[3], ROWS=rows,
+        GROUP=group, KEY_WIDTH=key_width, VALUE_WIDTH=value_width, ROWS=rows,
         PAGE_SIZE=page_size, TILE_PAGES=tile_pages, TILES=triton.cdiv(rows, block_n),
         KEY_FORMAT=formats[0][0], VALUE_FORMAT=formats[1][0],
         KEY_LOADS=num_planes // formats[0][1], VALUE_LOADS=num_planes // formats[1][1],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_V=block_v,
+        IS_SHARED=is_shared,
     )
     if n * num_queries * m == 0:
         return _Launch(page_list, tiling, 0, 0, num_row_blocks)
@@ -126,6 +135,8 @@ def _launch(
         x.view(torch.uint8) if x is not None and x.dtype == torch.float8_e4m3fn else x
         for x in pages[:6]
     ]
+    if pages.values is None:
+        pools[1] = pools[0]
     assert all(x is None or x.stride(3) == 1 for x in pools), "channels must lie together"
     mask, bias = page_list.token_mask, page_list.logit_bias
     attend_split[(n * num_groups * launch.num_row_blocks, launch.num_splits)](

@@ -87,6 +87,24 @@ def scale_keys(
 
 
 @triton.jit
+def key_numbers(
+    stored, high, scale, zero, scale_strides, zero_strides, page, row, token, is_row, channel,
+    PLANE: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, WIDTH: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, GROUPS: tl.constexpr,
+):
+    """The keys of one plane of stored rows."""
+    if FORMAT > 0:
+        numbers = plane_numbers(stored, high, row, PLANE, ROWS, FORMAT)
+        numbers = scale_keys(
+            numbers, scale, zero, scale_strides, zero_strides, page, token, is_row, channel,
+            WIDTH, PAGE_SIZE, GROUPS,
+        )
+    else:
+        numbers = stored
+    return numbers
+
+
+@triton.jit
 def scale_values(
     numbers, scale, zero, scale_strides, zero_strides, page, token, is_row,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr,

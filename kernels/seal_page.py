@@ -167,7 +167,7 @@ def _seal(
 
 def seal_page(
     keys: torch.Tensor,
-    values: torch.Tensor,
+    values: torch.Tensor | None,
     pages: tuple,
     page: torch.Tensor,
     sketch: tuple | None = None,
@@ -179,7 +179,12 @@ def seal_page(
     num_groups, num_items = keys.shape[:2]
     if num_items == 0:
         return
-    sizes, constants = _tiling(keys, values, pages)
+    stored = pages
+    if values is None:  # columns of the keys: no part is theirs
+        values, stored = keys, pages._replace(values=pages.keys)
+    sizes, constants = _tiling(keys, values, stored)
+    if stored is not pages:
+        sizes["value_blocks"] = 0
     arguments, num_parts, sketch_constants = None, sizes["key_blocks"] + sizes["value_blocks"], None
     if sketch is not None:
         sketch_keys = keys if sketch_keys is None else sketch_keys
@@ -187,8 +192,7 @@ def seal_page(
         arguments, num_blocks, kind = sketch_launch(sketch_keys, sketch, sketch_page, residual)
         num_parts += num_blocks
         sketch_constants = tuple(kind.values())
-    pool = [_bits(pages.keys), _bits(pages.values), pages.key_scale, pages.key_zero,
-            pages.value_scale, pages.value_zero]
+    pool = [_bits(stored.keys), _bits(stored.values), *stored[2:6]]
     _seal[(num_items, num_groups, num_parts)](
         pair(keys), pair(values), page.contiguous(), *map(pair, pool), **sizes,
         sketch_arguments=arguments, **constants, SKETCH=sketch_constants,

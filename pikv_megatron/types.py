@@ -24,14 +24,27 @@ class AttentionState(NamedTuple):
     lse: Tensor
 
 
+class SharedRow(NamedTuple):
+    """Of pages whose values are the first columns of the keys, as in latent attention.
+
+    Attributes:
+        page_size: S.
+        value_width: r_v.
+    """
+
+    page_size: int
+    value_width: int
+
+
 class _PageTensors(NamedTuple):
     keys: Tensor
-    values: Tensor
+    values: Tensor | None
     key_scale: Tensor | None = None
     key_zero: Tensor | None = None
     value_scale: Tensor | None = None
     value_zero: Tensor | None = None
     log_multiplicity: Tensor | None = None
+    shared: SharedRow | None = None
 
 
 class KVPages(_PageTensors):
@@ -51,16 +64,26 @@ class KVPages(_PageTensors):
         S = 4 tokens of 2 bits, one channel: R = 1; tokens 3, 0, 2, 1 are one byte,
         3 + 0 * 4 + 2 * 16 + 1 * 64 = 99.
 
+    Where values are the first columns of the keys, each row is there once, stored as keys are.
+
     Attributes:
         keys: [ng, p, R_k, r_k].
-        values: [ng, p, R_v, r_v].
+        values: [ng, p, R_v, r_v]; None: `shared` says which columns of the keys they are.
         key_scale: [ng, p, G_k, r_k], float16; None for plain keys.
         key_zero: like `key_scale`; None for plain and float8 keys.
         value_scale: [ng, p, S, G_v], float16; None for plain values.
         value_zero: like `value_scale`; None for plain and float8 values.
         log_multiplicity: [p], float32, natural log of the number of tokens that each token of a
             page stands for, added to its logits; None: every token stands for itself.
+        shared: where values are columns of the keys; None: they are not.
     """
+
+    @classmethod
+    def plain(cls, keys: Tensor, values: Tensor | None, value_width: int) -> "KVPages":
+        """Pages of numbers as computed; without values, these are columns of the keys."""
+        if values is not None:
+            return cls(keys, values)
+        return cls(keys, None, shared=SharedRow(keys.shape[2], value_width))
 
     def __getstate__(self):
         """A kernel may note addresses in the instance's dict, which are of this process."""
@@ -68,7 +91,14 @@ class KVPages(_PageTensors):
     @property
     def page_size(self) -> int:
         """S."""
+        if self.shared is not None:
+            return self.shared.page_size
         return (self.values if self.value_scale is None else self.value_scale).shape[2]
+
+    @property
+    def value_width(self) -> int:
+        """r_v."""
+        return self.values.shape[3] if self.shared is None else self.shared.value_width
 
     @property
     def key_bits(self) -> int:
@@ -167,6 +197,8 @@ class KVShape(NamedTuple):
         value_width: of a head's value.
         dtype: as computed.
         device: where they are computed.
+        values_in_keys: values are the first columns of the keys, and stored with them only (latent
+            attention).
     """
 
     num_groups: int
@@ -174,11 +206,24 @@ class KVShape(NamedTuple):
     value_width: int
     dtype: torch.dtype
     device: torch.device
+    values_in_keys: bool = False
+
+    @property
+    def heads(self) -> dict[str, tuple[int, int]]:
+        """Groups and width of what is stored of a token, by name."""
+        keys = {"keys": (self.num_groups, self.key_width)}
+        return keys if self.values_in_keys else keys | {
+            "values": (self.num_groups, self.value_width)
+        }
+
+    def values_of(self, keys: Tensor, values: Tensor | None) -> Tensor:
+        """The values [..., value_width], or the columns of keys [..., key_width] that they are."""
+        return keys[..., : self.value_width] if values is None else values
 
     @property
     def token_bytes(self) -> int:
         """Of a token as computed."""
-        return self.num_groups * (self.key_width + self.value_width) * self.dtype.itemsize
+        return sum(ng * width for ng, width in self.heads.values()) * self.dtype.itemsize
 
 
 class Directory(NamedTuple):

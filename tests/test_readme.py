@@ -13,6 +13,7 @@ from pikv_megatron.codec.registry import CodecOptions
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.methods import methods_table
 from pikv_megatron.options import Options, family
+from pikv_megatron.planner.__main__ import main as planner
 from pikv_megatron.retention.keep_all import KeepAllOptions
 from pikv_megatron.types import PageStats
 
@@ -66,6 +67,13 @@ def test_the_method_of_the_example_works():
     newest = torch.arange(20).unsqueeze(0)
     drop = chosen.build().drop(PageStats(newest >= 0, newest, 0 * newest), torch.tensor([[6]]))
     assert int((~drop).sum()) == 6 and not torch.equal(drop, drop.sort().values)
+
+
+def test_the_planner_says_what_it_is_said_to_say(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (command,) = re.findall(r"^    python -m pikv_megatron.planner (.*)$", README, re.MULTILINE)
+    assert planner(command.split()) == 0
+    assert f"\n\n    {capsys.readouterr().out.splitlines()[-1]}\n\n" in README
 
 
 def python_blocks() -> list[str]:

@@ -51,7 +51,8 @@ void attend_row(const Call& call, int64_t sequence, int64_t kv_head) {
       copy_row(call.mean.data, call.mean.place(kv_head, page), call.type, call.width,
                values.data() + c * call.width);
     }
-    add_weighted(weights.data() + first, count, g, values.data(), nullptr, size, call.width, out);
+    add_weighted(weights.data() + first, count, g, values.data(), call.width, nullptr, size,
+                 call.width, out);
   }
 }
 

@@ -80,7 +80,9 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
   const int64_t* at = list.table + sequence * list.table_stride + column;
   const int64_t page = at[0];
   const Ahead next_keys = has_next ? pages.keys.ahead(kv_head, at[1]) : Ahead();
-  const Ahead next_values = has_next ? pages.values.ahead(kv_head, at[1]) : Ahead();
+  const bool has_values = !pages.values_in_keys;
+  const Ahead next_values =
+      has_next && has_values ? pages.values.ahead(kv_head, at[1]) : Ahead();
   const uint8_t* shown = nullptr;
   if (list.shown) {
     shown = list.shown + (sequence * list.columns + column) * pages.page_size;
@@ -116,8 +118,10 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
     part.total[i] += mass;
     if (list.mass) list.mass[place * list.columns + column] = top + std::log(mass);
   }
-  const float* values = pages.values.read_values(kv_head, page, tokens, scratch.page);
-  add_weighted(logits, tokens, rows, values, shown, tokens, call.value_width, part.sum,
+  const float* values =
+      has_values ? pages.values.read_values(kv_head, page, tokens, scratch.page) : keys;
+  const int64_t stride = has_values ? call.value_width : call.key_width;
+  add_weighted(logits, tokens, rows, values, stride, shown, tokens, call.value_width, part.sum,
                next_values);
 }
 

@@ -23,7 +23,7 @@ def decode_attention(
     """
     shape, pages = query.shape[:3], lists[0].pages
     rows = query.float().contiguous()
-    out = torch.empty(*shape, pages.values.shape[3])
+    out = torch.empty(*shape, pages.value_width)
     lse = torch.empty(shape)
     masses = [torch.empty(*shape, each.table.shape[1]) for each in lists] if with_mass else None
     kept = [

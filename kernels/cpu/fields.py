@@ -7,6 +7,8 @@ import torch
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
 # Of bytes, by the bits of a number.
 BYTE_TYPES = {8: 4, 4: 5, 3: 6, 2: 7}
+# Of values that are columns of the keys: a type that there is not, and fields that are not read.
+NO_SIDE = [-1] + [0] * 15
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -35,7 +37,10 @@ def page_fields(pages: Any) -> list[int]:
     if "fields" not in noted:
         size = pages.page_size
         keys = _side_fields(pages.keys, pages.key_scale, pages.key_zero, size, 2)
-        values = _side_fields(pages.values, pages.value_scale, pages.value_zero, size, 3)
+        if pages.values is None:
+            values = NO_SIDE
+        else:
+            values = _side_fields(pages.values, pages.value_scale, pages.value_zero, size, 3)
         noted["fields"] = keys + values + [address(pages.log_multiplicity)]
     return noted["fields"]
 

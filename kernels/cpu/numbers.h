@@ -138,8 +138,8 @@ inline void dot(const float* q, int64_t rows, const float* k, int64_t tokens, in
 
 template <int ROWS, int VECTORS>
 inline void add_tile(const float* weight, int64_t weight_stride, const float* value,
-                     const uint8_t* shown, int64_t tokens, int64_t width, float* out,
-                     Ahead ahead) {
+                     int64_t value_stride, const uint8_t* shown, int64_t tokens, int64_t width,
+                     float* out, Ahead ahead) {
   Vec total[ROWS][VECTORS];
   for (int i = 0; i < ROWS; ++i) {
     for (int v = 0; v < VECTORS; ++v) total[i][v] = load(out + i * width + v * kLanes);
@@ -148,7 +148,7 @@ inline void add_tile(const float* weight, int64_t weight_stride, const float* va
     ahead.fetch(t, 1);
     if (shown && !shown[t]) continue;
     Vec numbers[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) numbers[v] = load(value + t * width + v * kLanes);
+    for (int v = 0; v < VECTORS; ++v) numbers[v] = load(value + t * value_stride + v * kLanes);
     for (int i = 0; i < ROWS; ++i) {
       const float w = weight[i * weight_stride + t];
       for (int v = 0; v < VECTORS; ++v) total[i][v] += w * numbers[v];
@@ -161,40 +161,42 @@ inline void add_tile(const float* weight, int64_t weight_stride, const float* va
 
 template <int ROWS>
 inline void add_rows(const float* weight, int64_t weight_stride, const float* value,
-                     const uint8_t* shown, int64_t tokens, int64_t width, float* out,
-                     Ahead ahead) {
+                     int64_t value_stride, const uint8_t* shown, int64_t tokens, int64_t width,
+                     float* out, Ahead ahead) {
   int64_t c = 0;
   for (; c + kTileVectors * kLanes <= width; c += kTileVectors * kLanes, ahead = {}) {
-    add_tile<ROWS, kTileVectors>(weight, weight_stride, value + c, shown, tokens, width, out + c,
-                                 ahead);
+    add_tile<ROWS, kTileVectors>(weight, weight_stride, value + c, value_stride, shown, tokens,
+                                 width, out + c, ahead);
   }
   for (; c + kLanes <= width; c += kLanes, ahead = {}) {
-    add_tile<ROWS, 1>(weight, weight_stride, value + c, shown, tokens, width, out + c, ahead);
+    add_tile<ROWS, 1>(weight, weight_stride, value + c, value_stride, shown, tokens, width,
+                      out + c, ahead);
   }
   if (c == width) return;
   for (int64_t t = 0; t < tokens; ++t) {
     if (shown && !shown[t]) continue;
     for (int i = 0; i < ROWS; ++i) {
       const float w = weight[i * weight_stride + t];
-      for (int64_t j = c; j < width; ++j) out[i * width + j] += w * value[t * width + j];
+      for (int64_t j = c; j < width; ++j) out[i * width + j] += w * value[t * value_stride + j];
     }
   }
 }
 
 // out [rows, width] += weights [rows, tokens] times values [tokens, width].
 //
+// value_stride: from one value to the next.
 // shown: [tokens], 0 for tokens that are left out, whatever they hold; null: none is.
 inline void add_weighted(const float* weight, int64_t weight_stride, int64_t rows,
-                         const float* value, const uint8_t* shown, int64_t tokens, int64_t width,
-                         float* out, Ahead ahead = {}) {
+                         const float* value, int64_t value_stride, const uint8_t* shown,
+                         int64_t tokens, int64_t width, float* out, Ahead ahead = {}) {
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows, ahead = {}) {
-    add_rows<kTileRows>(weight + i * weight_stride, weight_stride, value, shown, tokens, width,
-                        out + i * width, ahead);
+    add_rows<kTileRows>(weight + i * weight_stride, weight_stride, value, value_stride, shown,
+                        tokens, width, out + i * width, ahead);
   }
   for (; i < rows; ++i, ahead = {}) {
-    add_rows<1>(weight + i * weight_stride, weight_stride, value, shown, tokens, width,
-                out + i * width, ahead);
+    add_rows<1>(weight + i * weight_stride, weight_stride, value, value_stride, shown, tokens,
+                width, out + i * width, ahead);
   }
 }
 

@@ -162,11 +162,13 @@ struct Side {
 struct Pages {
   int64_t page_size;
   Side keys, values;
+  bool values_in_keys;  // their first columns
   const float* log_multiplicity;
 
   static Pages read(Fields& f) {
     Pages p;
     p.keys = Side::read(f), p.values = Side::read(f);
+    p.values_in_keys = p.values.type < 0;
     p.page_size = p.keys.page_size, p.log_multiplicity = f.pointer<const float>();
     return p;
   }

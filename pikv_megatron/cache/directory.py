@@ -29,26 +29,28 @@ class PageDirectory:
     Args:
         spec: the layer; its sketch is what is remembered of a page.
         placement: which rank owns which shard.
-        ledger: numbers the tokens of all rows; layers that place tokens alike share one.
+        page_size: S.
+        num_slots: sequences of this home rank.
         max_pages: most pages that one sequence can fill on one rank.
     """
 
     def __init__(
-        self, spec: LayerSpec, placement: Placement, ledger: PageLedger, max_pages: int
+        self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
+        max_pages: int,
     ):
         kv, device = spec.kv, spec.kv.device
-        rows, page_size = len(ledger.num_pages), ledger.page_size
-        num_slots = rows // placement.num_ranks
+        rows = num_slots * placement.num_ranks
         self._placement = placement
-        self._ledger = ledger
+        self._ledger = PageLedger(rows, placement.shards_per_rank, page_size, device)
         self._num_slots = num_slots
         self._page_size = page_size
         self._softmax_scale = spec.softmax_scale
         self._sketcher = spec.options.sketch.build(kv, page_size, num_slots)
-        heads = {"keys": (kv.num_groups, kv.key_width)}
-        self._mean_value = None
-        if spec.options.selector.tail == "mean":
-            heads["values"] = kv.num_groups, kv.value_width
+        heads = dict(kv.heads)
+        self._kv, self._mean_value = kv, None
+        if spec.options.selector.tail != "mean":
+            heads.pop("values", None)
+        else:
             self._mean_value = torch.zeros(
                 kv.num_groups, 1, kv.value_width, dtype=kv.dtype, device=device
             )
@@ -110,7 +112,8 @@ class PageDirectory:
         local = admission.page_group % self._placement.shards_per_rank
         self.shard[place] = local * self._placement.num_ranks + row % self._placement.num_ranks
         if self._mean_value is not None:
-            mean = pages["values"].float().mean(dim=2)
+            values = self._kv.values_of(pages["keys"], pages.get("values"))
+            mean = values.float().mean(dim=2)
             self._mean_value[:, place] = mean.to(self._mean_value.dtype)
 
     def ask(
@@ -173,10 +176,16 @@ class PageDirectory:
             self._ledger.clear(row)
         self._sketcher.forget(slot)
 
-    def tensors(self) -> list[torch.Tensor]:
-        own = [*self._buffers.tensors.values(), *self.table.tensors(), *self._ledger.tensors()]
-        kept = [*self.sketch, self._mean_value, self.shard, *self._free.tensors()]
-        return own + self._sketcher.tensors() + [t for t in kept if isinstance(t, torch.Tensor)]
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """All tensors, by what they are for."""
+        kept = [*self.sketch, self._mean_value, *self._sketcher.tensors()]
+        return {
+            "sketches": [t for t in kept if isinstance(t, torch.Tensor)],
+            "sketch buffers": list(self._buffers.tensors.values()),
+            "directory": [
+                *self.table.tensors(), *self._ledger.tensors(), self.shard, *self._free.tensors()
+            ],
+        }
 
     def check_integrity(self) -> None:
         """Every entry is free or belongs to exactly one row."""

@@ -19,7 +19,9 @@ class FreeList:
 
     @property
     def num_free(self) -> int:
-        return int(self._num_free)
+        # Where none is handed out, the device need not be asked.
+        is_known = self._free_at_least == self.num_pages
+        return self.num_pages if is_known else int(self._num_free)
 
     def missing(self, count: int) -> int:
         """How many pages must be added before `count` are surely free."""

@@ -1,7 +1,8 @@
 """The cache of one attention layer: the home rank's window and this rank's shards.
 
 Legend: t tokens of this home rank's step, n decoding rows, np query heads, ng KV heads, w_k and w_v
-widths of keys and values, G ranks.
+widths of cached keys and values, w_q and w_o of queries and outputs, G ranks. Where nothing is
+absorbed (`HeadMaps`), queries are as wide as keys and outputs as values.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 
 from pikv_megatron.cache.decode_part import DecodePart
 from pikv_megatron.cache.directory import PageDirectory
+from pikv_megatron.cache.head_maps import GROUPED, HeadMaps
 from pikv_megatron.cache.leaving import leaving_tokens
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.placement import Placement
@@ -42,7 +44,7 @@ class LayerCache:
         num_slots: sequences of this home rank.
 
     Attributes:
-        on_attend: told of every step's query, key and value; None: nobody asks.
+        on_attend: told of every step's query, key and value, as they are cached; None: nobody asks.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class LayerCache:
         self._dispatcher = dispatcher
         self._placement = placement
         self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
-        self._chunk: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._chunk: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._maps = GROUPED
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last_lse = None
         if store.statistics is not None and placement.num_ranks > 1:
@@ -70,24 +73,26 @@ class LayerCache:
             )
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StepPlan,
-        sink: torch.Tensor | None = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, plan: StepPlan,
+        sink: torch.Tensor | None = None, maps: HeadMaps = GROUPED,
     ) -> torch.Tensor:
         """Causal attention of a step over what is cached and over itself.
 
         Prompts read everything that is kept; decoding rows what the router and the selector choose.
 
         Args:
-            query: [t, np, w_k], in the order of `StepPlan.rows`.
+            query: [t, np, w_q], in the order of `StepPlan.rows`.
             key: [t, ng, w_k].
-            value: [t, ng, w_v].
+            value: [t, ng, w_v]; None where values are columns of the keys.
             sink: [np], a learned logit that is no token's; None: there is none.
+            maps: from queries to what is cached, and from there to the output.
 
         Returns:
-            [t, np, w_v].
+            [t, np, w_o], emitted by the maps.
         """
         if self.on_attend is not None:
-            self.on_attend(query, key, value)
+            self.on_attend(maps.absorb(query), key, self.spec.kv.values_of(key, value))
+        self._maps = maps
         self.hold(key, value, plan)
         first = plan.decode.num_rows
         parts = []
@@ -95,18 +100,21 @@ class LayerCache:
             decoding = _first(query, first).unsqueeze(1)
             parts.append(with_sink(self._attend_decode(decoding, plan), sink).squeeze(1))
         if plan.prefill.is_anywhere:
-            state = self._attend_prefill(query[first:], key[first:], value[first:], plan)
+            own = (None if x is None else x[first:] for x in (query, key, value))
+            state = self._attend_prefill(*own, plan)
             self._prompts = query[first:], state.lse
             parts.append(with_sink(state, sink))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def hold(self, key: torch.Tensor, value: torch.Tensor, plan: StepPlan) -> None:
+    def hold(self, key: torch.Tensor, value: torch.Tensor | None, plan: StepPlan) -> None:
         """Keep the step's KV [t, ng, w] until `settle`; decoding rows' goes to the window."""
         self._chunk = key, value
         first = plan.decode.num_rows
         if first:
             own = plan.decode.numbers
-            tokens = (_first(x, first).transpose(0, 1) for x in self._chunk)
+            tokens = (
+                None if x is None else _first(x, first).transpose(0, 1) for x in self._chunk
+            )
             self.window.write(own.window_slots, own.places, *tokens)
 
     def settle(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
@@ -125,22 +133,32 @@ class LayerCache:
             self._flush(plan, experts)
         if plan.prefill.rows:
             writes = plan.prefill_writes
-            tokens = (x.index_select(0, writes.source).transpose(0, 1) for x in self._chunk)
+            tokens = (
+                None if x is None else x.index_select(0, writes.source).transpose(0, 1)
+                for x in self._chunk
+            )
             self.window.write(writes.slots, writes.places, *tokens)
             if experts is not None:
                 self.window.write_experts(writes.slots, writes.places, experts[writes.source])
         self._chunk = self._prompts = None
 
-    def reserve(self, num_owned: int, num_noted: int) -> None:
-        """Allocate pages on this rank, and room in the directory for pages of its sequences."""
+    def reserve(self, num_owned: int, num_noted: int, num_columns: int) -> None:
+        """Allocate pages on this rank, room in the directory for pages of its sequences, and what
+        steps hold of the pages that a sequence has here, at most."""
         self.store.reserve(num_owned)
         if self.directory is not None:
             self.directory.reserve(num_noted)
+        if self._last_lse is not None:
+            self.store.statistics.reserve_held(num_columns)
 
-    def growth_bytes(self, num_owned: int, num_noted: int) -> int:
+    def growth_bytes(self, num_owned: int, num_noted: int, num_columns: int) -> int:
         """What `reserve` would allocate."""
-        noted = 0 if self.directory is None else self.directory.growth_bytes(num_noted)
-        return self.store.growth_bytes(num_owned) + noted
+        growth = self.store.growth_bytes(num_owned)
+        if self.directory is not None:
+            growth += self.directory.growth_bytes(num_noted)
+        if self._last_lse is not None:
+            growth += self.store.statistics.held_growth_bytes(num_columns)
+        return growth
 
     def release(self, slot: int, window_slot: int | None) -> None:
         """Give back what a sequence holds here; `window_slot` is None where it is not at home."""
@@ -152,11 +170,15 @@ class LayerCache:
         if self.router is not None and window_slot is not None:
             self.router.release(window_slot)
 
-    def tensors(self) -> list[torch.Tensor]:
-        directory = [] if self.directory is None else self.directory.tensors()
-        own = [] if self._last_lse is None else [self._last_lse]
-        own += [] if self.router is None else self.router.tensors()
-        return self.window.tensors() + self.store.tensors() + directory + own
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """All tensors, by what they are for."""
+        parts = {"windows": self.window.tensors(), **self.store.parts()}
+        if self.directory is not None:
+            parts |= self.directory.parts()
+        parts["routing"] = [] if self.router is None else self.router.tensors()
+        if self._last_lse is not None:
+            parts["statistics"].append(self._last_lse)
+        return parts
 
     def check_integrity(self) -> None:
         """No page, and no note of one, is lost or held twice."""
@@ -165,21 +187,24 @@ class LayerCache:
             self.directory.check_integrity()
 
     def _attend_decode(self, query: torch.Tensor, plan: StepPlan) -> AttentionState:
-        """Attention of query [n, 1, np, w_k] over the window, its own token included, and over
+        """Attention of query [n, 1, np, w_q] over the window, its own token included, and over
         what is read of the shards."""
-        part = plan.decode
+        part, absorbed = plan.decode, self._maps.absorb(query)
         window = self._window_list(part.window_reads)
         if not part.reads_shards:
-            return decode_attention(query, [window], self.spec.softmax_scale)[0]
-        choice = self._choose(query, plan)
+            state = decode_attention(absorbed, [window], self.spec.softmax_scale)[0]
+            return self._maps.emit(state)
+        choice = self._choose(absorbed, plan)
         if not part.reads_far:
-            state, mass = self._attend_here(query, window, choice, part)
+            state, mass = self._attend_here(absorbed, window, choice, part)
+            state = self._maps.emit(state)
         else:
-            state, mass = self._attend_everywhere(query, window, choice, plan)
+            state, mass = self._attend_everywhere(query, absorbed, window, choice, plan)
         if mass is not None:
             self.router.learn(part.numbers.window_slots, choice.reads.shards, mass)
         if choice.columns is not None and self.directory.keeps_means:
-            state = _merge([state, self.directory.tail(choice.ask, choice.columns)])
+            tail = self.directory.tail(choice.ask, choice.columns)
+            state = _merge([state, self._maps.emit(tail)])
         return state
 
     def _choose(self, query: torch.Tensor, plan: StepPlan) -> StepChoice:
@@ -220,10 +245,11 @@ class LayerCache:
         return state, mass
 
     def _attend_everywhere(
-        self, query: torch.Tensor, window: PageList, choice: StepChoice, plan: StepPlan
+        self, query: torch.Tensor, absorbed: torch.Tensor, window: PageList, choice: StepChoice,
+        plan: StepPlan,
     ) -> tuple[AttentionState, torch.Tensor | None]:
         """Queries go to the owners; while they travel, home attends to its window."""
-        part, reads = plan.decode, choice.reads
+        part, reads, maps = plan.decode, choice.reads, self._maps
         layout = HeaderLayout(
             0 if reads.shards is None else reads.shards.shape[1],
             0 if reads.columns is None else reads.columns.shape[2],
@@ -232,19 +258,19 @@ class LayerCache:
         slots = part.numbers.window_slots
         last_lse = None if self._last_lse is None else self._last_lse[slots]
         header = layout.pack(reads, part.own_reads, last_lse, self._placement.num_ranks)
-        goes_to = self._visited_ranks(reads)
-        route = self._dispatcher.post(query, header, part.counts, goes_to)
-        near, _ = decode_attention(query, [window], self.spec.softmax_scale)
-        arrived, header = self._dispatcher.wait(route, query, header)
+        goes_to, sent = self._visited_ranks(reads), maps.sent(query)
+        route = self._dispatcher.post(sent, header, part.counts, goes_to)
+        near = maps.returned(decode_attention(absorbed, [window], self.spec.softmax_scale)[0])
+        arrived, header = self._dispatcher.wait(route, sent, header)
         arrived_reads, arrived_lse = layout.unpack(header, part.all_reads)
         owned, shares = self.store.attend_decoding(
-            arrived, arrived_reads, [], arrived_lse, self._router_learns
+            maps.arrived(arrived), arrived_reads, [], arrived_lse, self._router_learns
         )
-        packed, width = _packed(owned), near.out.shape[-1] + 1
+        packed, width = _packed(maps.returned(owned)), near.out.shape[-1] + 1
         if shares is not None:
             packed = torch.cat([packed, shares], dim=-1)
         parts = self._dispatcher.give_back(route, packed)
-        state = _merge([near, *map(_unpacked, parts[..., :width])])
+        state = maps.merged(_merge([near, *map(_unpacked, parts[..., :width])]))
         if last_lse is not None:
             lse = state.lse.expand_as(last_lse)
             if goes_to is not None:
@@ -263,20 +289,21 @@ class LayerCache:
         return reads.shards.unflatten(1, (-1, self._placement.num_ranks)).any(dim=1)
 
     def _attend_prefill(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StepPlan
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, plan: StepPlan
     ) -> AttentionState:
-        """Prompts attend to themselves and to all that is kept of their past: [t', np, w_v]."""
+        """Prompts attend to themselves and to all that is kept of their past: [t', np, w_o]."""
         part = plan.prefill
-        state = causal_attention(query, key, value, part.lens, self.spec.softmax_scale)
+        own_keys, own_values = self._maps.expand(key, value)
+        state = causal_attention(query, own_keys, own_values, part.lens, self.spec.softmax_scale)
         for index, row in enumerate(part.rows):
             if row.past:
                 window = [self._window_list(part.window_reads(index))]
-                own = query[row.tokens].unsqueeze(0)
+                own = self._maps.absorb(query[row.tokens].unsqueeze(0))
                 if row.reads and not row.is_far:
                     near = self.store.attend(own, row.reads, window)
                 else:
                     near, _ = decode_attention(own, window, self.spec.softmax_scale)
-                _merge_into(state, row.tokens, near)
+                _merge_into(state, row.tokens, self._maps.emit(near))
         if part.reads_far:
             self._attend_far(query, state, plan)
         return state
@@ -286,16 +313,18 @@ class LayerCache:
         by_rank = plan.prefill.rows_by_rank
         counts = [sum(_length(row.tokens) for row in rows if row.is_far) for rows in by_rank]
         own = [row.tokens for row in plan.prefill.rows if row.is_far]
-        posted = torch.cat([query[:0], *(query[tokens] for tokens in own)])
+        posted = self._maps.sent(torch.cat([query[:0], *(query[tokens] for tokens in own)]))
         route = self._dispatcher.post(posted, None, counts)
         arrived, _ = self._dispatcher.wait(route, posted, None)
         rows = [row for rows in by_rank for row in rows if row.is_far]
+        arrived = self._maps.arrived(arrived)
         owned = [
             self.store.attend(part.unsqueeze(0), row.reads, [])
             for row, part in zip(rows, arrived.split([_length(row.tokens) for row in rows]))
         ]
-        packed = torch.cat([_packed(part)[0] for part in owned])
-        far = _merge([_unpacked(part) for part in self._dispatcher.give_back(route, packed)])
+        packed = torch.cat([_packed(self._maps.returned(part))[0] for part in owned])
+        parts = self._dispatcher.give_back(route, packed)
+        far = self._maps.merged(_merge([_unpacked(part) for part in parts]))
         lens = [_length(tokens) for tokens in own]
         for tokens, *part in zip(own, far.out.split(lens), far.lse.split(lens)):
             _merge_into(state, tokens, AttentionState(*(x.unsqueeze(0) for x in part)))
@@ -328,11 +357,13 @@ class LayerCache:
         spans = plan.prefill.last_tokens(min(wanted, plan.window + 1))
         own = spans[self._placement.rank]
         query, lse = (torch.cat([x[:0], *(x[span] for span in own)]) for x in self._prompts)
+        query = self._maps.sent(query)
         counts = [sum(map(_length, ranks)) for ranks in spans]
         told = lse.unsqueeze(1).expand(-1, self._placement.num_ranks, -1).contiguous()
         told = told.view(torch.int32)
         route = self._dispatcher.post(query, told, counts)
         query, told = self._dispatcher.wait(route, query, told)
+        query = self._maps.arrived(query)
         lens = [_length(span) for ranks in spans for span in ranks]
         lse = told.contiguous().view(torch.float32)
         rows = plan.prefill.numbers

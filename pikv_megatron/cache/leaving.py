@@ -12,19 +12,21 @@ from pikv_megatron.cache.tokens import TokenBlock
 
 
 def leaving_tokens(
-    window: StreamWindow, chunk: tuple[torch.Tensor, torch.Tensor], flush: FlushPlan,
+    window: StreamWindow, chunk: tuple[torch.Tensor, torch.Tensor | None], flush: FlushPlan,
     placement: Placement, experts: torch.Tensor | None,
 ) -> TokenBlock:
     """What a flush takes out of the windows and of the step's own tokens.
 
     Args:
-        chunk: keys and values [t, ng, w] of the step.
+        chunk: keys and values [t, ng, w] of the step; no values where they are columns of keys.
         experts: [t, replicas], chosen for the step's tokens; None where placement does not ask.
     """
     own = flush.numbers
-    new = [x.index_select(0, own.chunk_source).transpose(0, 1) for x in chunk]
-    old = window.read(own.window_places)
-    keys, values = (torch.cat(parts, dim=1) for parts in zip(old, new))
+    keys, values = (
+        None if new is None
+        else torch.cat([old, new.index_select(0, own.chunk_source).transpose(0, 1)], dim=1)
+        for old, new in zip(window.read(own.window_places), chunk)
+    )
     if experts is None:
         shard = flush.once("shard", lambda: placement.shard(own.position, None))
         return TokenBlock(keys, values, own.slot, shard, own.position, torch.zeros_like(shard))
@@ -33,7 +35,7 @@ def leaving_tokens(
 
 
 def _replicate(
-    keys: torch.Tensor, values: torch.Tensor, flush: FlushNumbers, placement: Placement,
+    keys: torch.Tensor, values: torch.Tensor | None, flush: FlushNumbers, placement: Placement,
     chosen: torch.Tensor,
 ) -> TokenBlock:
     """One row for each of the experts chosen [t, replicas]; a shard met before gets none."""
@@ -45,7 +47,10 @@ def _replicate(
     for order in range(1, copies):
         seen[:, order] = seen[:, order - 1] | bit[:, order - 1]
     slot = flush.slot.unsqueeze(1).masked_fill((seen & bit) != 0, -1)
+    keys, values = (
+        None if x is None else x.repeat_interleave(copies, dim=1) for x in (keys, values)
+    )
     return TokenBlock(
-        keys.repeat_interleave(copies, dim=1), values.repeat_interleave(copies, dim=1),
+        keys, values,
         slot.flatten(), shard.flatten(), position.expand(-1, copies).flatten(), seen.flatten(),
     )

@@ -20,6 +20,8 @@ class Admission(NamedTuple):
         page_row: [c], row of each page.
         page_order: [c], place among the row's pages of this block.
         is_page: [c], bool; False marks padding.
+        num_tokens: [groups + 1], int64, tokens of each group.
+        num_pages: [rows], int64, pages that each row's groups fill.
     """
 
     offset: torch.Tensor
@@ -29,6 +31,8 @@ class Admission(NamedTuple):
     page_row: torch.Tensor
     page_order: torch.Tensor
     is_page: torch.Tensor
+    num_tokens: torch.Tensor
+    num_pages: torch.Tensor
 
 
 class PageLedger:
@@ -61,7 +65,8 @@ class PageLedger:
         return self.num_tokens.numel() - 1
 
     def admit(self, group: torch.Tensor, num_pages: int | None = None) -> Admission:
-        """Number the tokens of `group` [t], those of a group in the order given.
+        """Number the tokens of `group` [t], those of a group in the order given; `count` counts
+        them.
 
         Args:
             num_pages: that they fill, if the host knows it.
@@ -71,11 +76,13 @@ class PageLedger:
         start = torch.cumsum(added, 0) - added
         ranked = torch.arange(group.numel(), device=group.device) - start[group[order]]
         index = self.num_tokens[group] + torch.empty_like(ranked).scatter_(0, order, ranked)
-        before = self.num_tokens // self.page_size
-        self.num_tokens += added
-        self.num_tokens[-1] = 0
-        after = self.num_tokens // self.page_size
-        return self._number_pages(group, index, before, after, num_pages)
+        added[-1] = 0
+        return self._number_pages(group, index, added, num_pages)
+
+    def count(self, admission: Admission) -> None:
+        """Count what this ledger, or one that held the same, has numbered."""
+        self.num_tokens += admission.num_tokens
+        self.num_pages += admission.num_pages
 
     def clear(self, row: int) -> None:
         """Forget a row's tokens and pages."""
@@ -86,7 +93,9 @@ class PageLedger:
     def tensors(self) -> list[torch.Tensor]:
         return [self.num_tokens, self.num_pages]
 
-    def _number_pages(self, group, index, before, after, num_pages) -> Admission:
+    def _number_pages(self, group, index, added, num_pages) -> Admission:
+        before = self.num_tokens // self.page_size
+        after = (self.num_tokens + added) // self.page_size
         filled = after - before
         last = torch.cumsum(filled, 0)
         first = last - filled
@@ -97,7 +106,6 @@ class PageLedger:
         page_group = torch.searchsorted(last, number, right=True).clamp_(max=last.numel() - 2)
         row = page_group // self.groups_per_row
         order = number - first[row * self.groups_per_row]
-        self.num_pages += filled[:-1].view(-1, self.groups_per_row).sum(1)
         page = first[group] + index // self.page_size - before[group]
         in_page = index < after[group] * self.page_size
         return Admission(
@@ -108,6 +116,8 @@ class PageLedger:
             page_row=row,
             page_order=order,
             is_page=is_page,
+            num_tokens=added,
+            num_pages=filled[:-1].view(-1, self.groups_per_row).sum(1),
         )
 
     def _most_pages(self, last: torch.Tensor, num_tokens: int) -> int:

@@ -53,8 +53,14 @@ class PagePool:
         own = growth_bytes(self._by_page(), self.null_page + 1, missing)
         return own + self.free.growth_bytes(missing)
 
+    def metadata(self) -> list[torch.Tensor]:
+        """What is kept of pages besides what they store."""
+        own = [self.position, self.shard, self.earlier_shards, *self.free.tensors()]
+        return [t for t in own if t is not None]
+
     def tensors(self) -> list[torch.Tensor]:
-        return [t for t in self._by_page() if t is not None] + self.free.tensors()
+        return [t for t in self.kv if t is not None] + self.metadata()
 
     def _by_page(self) -> list[torch.Tensor | None]:
-        return [*self.kv, self.position, self.shard, self.earlier_shards]
+        stored = [t for t in self.kv if isinstance(t, torch.Tensor)]
+        return [*stored, self.position, self.shard, self.earlier_shards]

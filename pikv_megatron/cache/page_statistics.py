@@ -66,6 +66,21 @@ class PageStatistics:
         """What `widen` would allocate."""
         return growth_bytes(self._by_page(), len(self.seen), count)
 
+    def reserve_held(self, num_columns: int) -> None:
+        """Make room for what steps hold, so that no step has to."""
+        missing = num_columns - self._held_page.shape[1]
+        if missing > 0:
+            self._held_page = F.pad(self._held_page, (0, missing), value=-1)
+            self._held_share = F.pad(self._held_share, (0, missing))
+
+    def held_growth_bytes(self, num_columns: int) -> int:
+        """What `reserve_held` would allocate."""
+        missing = max(0, num_columns - self._held_page.shape[1])
+        num_slots, num_heads = self._held_share.shape[:2]
+        return missing * num_slots * (
+            self._held_page.element_size() + num_heads * self._held_share.element_size()
+        )
+
     def start(self, pages: torch.Tensor) -> None:
         """Pages [c] were sealed."""
         self.mass[pages] = 0.0
@@ -116,9 +131,7 @@ class PageStatistics:
         """Keep shares [n, np, k] of this owner's softmax, whose log-sum-exp is lse [n, np], of
         queries at positions times [n]."""
         missing = pages.shape[1] - self._held_page.shape[1]
-        if missing > 0:
-            self._held_page = F.pad(self._held_page, (0, missing), value=-1)
-            self._held_share = F.pad(self._held_share, (0, missing))
+        self.reserve_held(pages.shape[1])
         self._held_page[slots] = F.pad(pages, (0, max(0, -missing)), value=-1)
         self._held_share[slots] = F.pad(shares, (0, max(0, -missing)))
         self._held_lse[slots] = lse
@@ -127,6 +140,11 @@ class PageStatistics:
     def hold_whole(self, pages: torch.Tensor, shares: torch.Tensor, times: torch.Tensor) -> None:
         """Keep the shares of a step in which this rank had the whole attention."""
         self._whole = pages, shares.unsqueeze(1), times.unsqueeze(1)
+
+    @staticmethod
+    def whole_bytes(num_rows: int, num_heads: int, num_columns: int) -> int:
+        """What `hold_whole` keeps of so many sequences."""
+        return num_rows * (8 + num_columns * (8 + 4 * num_heads))
 
     def credit_whole(self) -> None:
         """Count what `hold_whole` kept."""

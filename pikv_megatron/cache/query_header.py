@@ -29,6 +29,11 @@ class HeaderLayout(NamedTuple):
     num_columns: int
     num_heads: int
 
+    @property
+    def num_words(self) -> int:
+        """Of one row."""
+        return self._shard_words + self.num_columns + self.num_heads
+
     def pack(
         self, reads: Reads, own: OwnerReads, last_lse: torch.Tensor | None, num_ranks: int
     ) -> torch.Tensor | None:
@@ -62,8 +67,8 @@ class HeaderLayout(NamedTuple):
         """
         if header is None:
             return reads, None
-        shard_words = 2 + -(-self.num_shards // 32) if self.num_shards else 0
-        told, columns, lse = header.split([shard_words, self.num_columns, self.num_heads], dim=1)
+        sizes = [self._shard_words, self.num_columns, self.num_heads]
+        told, columns, lse = header.split(sizes, dim=1)
         if self.num_shards:
             slots, positions = told[:, :2].long().unbind(1)
             visited = unpack_bits(told[:, 2:], self.num_shards)
@@ -71,3 +76,8 @@ class HeaderLayout(NamedTuple):
         if self.num_columns:
             reads = reads._replace(columns=columns.long())
         return reads, lse.contiguous().view(torch.float32) if self.num_heads else None
+
+    @property
+    def _shard_words(self) -> int:
+        """A slot, a position, and a bit a shard."""
+        return 2 + -(-self.num_shards // 32) if self.num_shards else 0

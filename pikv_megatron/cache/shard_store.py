@@ -32,7 +32,8 @@ class ShardStore:
     Args:
         spec: the layer.
         placement: which shards this rank owns.
-        ledger: numbers the tokens of all slots; layers that place tokens alike share one.
+        page_size: S.
+        num_slots: sequence slots of the whole group.
         max_pages: most pages that one sequence can fill on this rank.
         has_replicas: whether tokens can be stored in more than one shard.
 
@@ -44,26 +45,25 @@ class ShardStore:
     """
 
     def __init__(
-        self, spec: LayerSpec, placement: Placement, ledger: PageLedger, max_pages: int,
-        has_replicas: bool,
+        self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
+        max_pages: int, has_replicas: bool,
     ):
         options, kv = spec.options, spec.kv
         self.placement = placement
-        self.ledger = ledger
-        self.page_size = page_size = ledger.page_size
-        self.num_slots = num_slots = len(ledger.num_pages)
+        self.page_size = page_size
+        self.num_slots = num_slots
         self.retention = options.retention.build()
-        self._budget = options.budget
+        self._budget, self._kv = options.budget, kv
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
         self.pool = PagePool(self._codec, page_size, has_replicas, kv.device)
+        self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
-        heads = {
-            "keys": (kv.num_groups, kv.key_width), "values": (kv.num_groups, kv.value_width)
-        }
-        self.buffers = TokenBuffers(self.ledger, heads, metadata, kv.dtype, kv.device)
-        self._open_pages = KVPages(self.buffers.tensors["keys"], self.buffers.tensors["values"])
+        self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
+        self._open_pages = KVPages.plain(
+            self.buffers.tensors["keys"], self.buffers.tensors.get("values"), kv.value_width
+        )
         self.table = PageTable(num_slots, max_pages, kv.device)
         self.statistics = None
         if options.retention.needs_mass:
@@ -102,12 +102,17 @@ class ShardStore:
     @property
     def drops(self) -> bool:
         """Whether pages are given back before their sequence ends."""
-        return self.retention is not None or self._codec.ageing is not None
+        return self.num_verdicts > 0
+
+    @property
+    def num_verdicts(self) -> int:
+        """Lists of dropped columns that a flush gives: one a level of ageing, one of retention."""
+        return self._num_levels + (self.retention is not None)
 
     def age(self, slots: torch.Tensor, most_pages: int) -> list[torch.Tensor]:
         """Pool older pages of sequences [r]; see `prune` for what is returned, level by level."""
         drops = []
-        for level in range(0 if self._codec.ageing is None else self._codec.ageing.levels):
+        for level in range(self._num_levels):
             self._lists.clear()
             pages = self.table.page[slots, :most_pages]
             pair, drop = pool_level(
@@ -120,7 +125,8 @@ class ShardStore:
         return drops
 
     def admit(self, block: TokenBlock, num_pages: int | None = None) -> Admission:
-        """Number tokens; `num_pages` as of the ledger."""
+        """Number tokens, the same in every layer that places them alike; `num_pages` as of the
+        ledger."""
         mine = (block.slot >= 0) & (self.placement.owner(block.shard) == self.placement.rank)
         group = block.slot * self._shards + self.placement.local_shard(block.shard)
         return self.ledger.admit(torch.where(mine, group, self.ledger.padding_group), num_pages)
@@ -130,7 +136,7 @@ class ShardStore:
         if block.slot.numel() == 0:
             return
         self._lists.clear()
-        tokens = {"keys": block.keys, "values": block.values, "position": block.position}
+        tokens = {name: getattr(block, name) for name in (*self._kv.heads, "position")}
         if self.pool.earlier_shards is not None:
             tokens["earlier"] = block.earlier_shards
         pages = self.buffers.insert(admission, tokens)
@@ -223,15 +229,21 @@ class ShardStore:
         self.table.clear(slot)
         self.ledger.clear(slot)
         # The next sequence reads around what is left there: it must be finite.
-        self.buffers.tensors["values"][:, slot * self._shards : (slot + 1) * self._shards] = 0.0
+        name = "keys" if self._kv.values_in_keys else "values"
+        self.buffers.tensors[name][:, slot * self._shards : (slot + 1) * self._shards] = 0.0
         self._codec.forget(slot)
         if self.statistics is not None:
             self.statistics.release(slot)
 
-    def tensors(self) -> list[torch.Tensor]:
-        own = [*self.buffers.tensors.values(), *self.table.tensors(), *self._codec.tensors()]
-        statistics = [] if self.statistics is None else self.statistics.tensors()
-        return own + self.ledger.tensors() + self.pool.tensors() + statistics
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """All tensors, by what they are for."""
+        return {
+            "pages": [t for t in self.pool.kv if t is not None],
+            "codecs": self._codec.tensors(),
+            "buffers": list(self.buffers.tensors.values()),
+            "tables": self.table.tensors() + self.ledger.tensors() + self.pool.metadata(),
+            "statistics": [] if self.statistics is None else self.statistics.tensors(),
+        }
 
     def positions(self, slot: int) -> torch.Tensor:
         """Positions of the tokens stored for a sequence, in no order; replicas each count."""
@@ -267,6 +279,11 @@ class ShardStore:
         first = slot * self._shards
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
 
+    @property
+    def _num_levels(self) -> int:
+        """Times that pages are pooled as they age."""
+        return 0 if self._codec.ageing is None else self._codec.ageing.levels
+
     def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
         """Store the pages that became full, and list them."""
         self.reserve(admission.is_page.numel())
@@ -280,13 +297,14 @@ class ShardStore:
             self.pool.earlier_shards[pages] = full["earlier"]
         if self.statistics is not None:
             self.statistics.start(pages)
-        slots, tokens = admission.page_row, (full["keys"], full["values"])
+        slots, keys = admission.page_row, full["keys"]
+        values = self._kv.values_of(keys, full.get("values"))
         if self._codec.learns:
-            fit_new(self._codec, slots, admission.is_page, *tokens)
-        self._codec.seal(*tokens, self.pool.kv, pages, slots)
+            fit_new(self._codec, slots, admission.is_page, keys, values)
+        self._codec.seal(keys, values, self.pool.kv, pages, slots)
         if self.on_seal is not None:
             real = admission.is_page.nonzero().squeeze(1)
-            self.on_seal(*(x[:, real] for x in tokens), pages[real], slots[real])
+            self.on_seal(keys[:, real], values[:, real], pages[real], slots[real])
 
     def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
         """Give pages [r, m] back."""

@@ -70,14 +70,12 @@ class SlidingCache:
     def settle(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
         """Nothing leaves the window; what slid out of it was overwritten."""
 
-    def reserve(self, num_owned: int, num_noted: int) -> None:
-        """The windows are there from the beginning."""
-
     def release(self, slot: int, window_slot: int | None) -> None:
         """The next sequence reads no further than it wrote."""
 
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.keys, self.values]
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """All tensors, by what they are for."""
+        return {"windows": [self.keys, self.values]}
 
     def check_integrity(self) -> None:
         """Every slot has its own memory."""

@@ -14,7 +14,7 @@ class StreamWindow:
 
     Attributes:
         keys: [ng, slots, num_sinks + capacity, w_k].
-        values: [ng, slots, num_sinks + capacity, w_v].
+        values: [ng, slots, num_sinks + capacity, w_v]; None where they are columns of the keys.
         pages: the same as a pool, a page a sequence.
         expert: [slots * (num_sinks + capacity), replicas], int16, the experts that the layer's
             router chose for a token, best first; None where placement does not ask for it.
@@ -23,10 +23,13 @@ class StreamWindow:
     def __init__(
         self, kv: KVShape, num_slots: int, size: int, num_experts_kept: int
     ):
-        shape, device = (kv.num_groups, num_slots, size), kv.device
-        self.keys = torch.zeros(*shape, kv.key_width, dtype=kv.dtype, device=device)
-        self.values = torch.zeros(*shape, kv.value_width, dtype=kv.dtype, device=device)
-        self.pages = KVPages(self.keys, self.values)
+        device = kv.device
+        stored = {
+            name: torch.zeros(ng, num_slots, size, width, dtype=kv.dtype, device=device)
+            for name, (ng, width) in kv.heads.items()
+        }
+        self.keys, self.values = stored["keys"], stored.get("values")
+        self.pages = KVPages.plain(self.keys, self.values, kv.value_width)
         self.expert = None
         if num_experts_kept:
             self.expert = torch.zeros(
@@ -34,7 +37,8 @@ class StreamWindow:
             )
 
     def write(
-        self, slots: torch.Tensor, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, slots: torch.Tensor, places: torch.Tensor, keys: torch.Tensor,
+        values: torch.Tensor | None,
     ) -> None:
         """Store tokens [ng, t, w] at places [t] of the windows `slots` [t]."""
         append_kv(keys, values, self.keys, self.values, slots, places)
@@ -47,11 +51,15 @@ class StreamWindow:
 
     def clear(self, slot: int) -> None:
         """Leave nothing behind that is not finite: the next sequence reads around it."""
-        self.values[:, slot] = 0.0
+        read_last = self.keys if self.values is None else self.values
+        read_last[:, slot] = 0.0
 
-    def read(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values [ng, t, w] at flat places [t]."""
-        return tuple(t.flatten(1, 2).index_select(1, places) for t in (self.keys, self.values))
+        return tuple(
+            None if t is None else t.flatten(1, 2).index_select(1, places)
+            for t in (self.keys, self.values)
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in (self.keys, self.values, self.expert) if t is not None]

@@ -51,6 +51,7 @@ class TokenBuffers:
         Returns:
             The pages that became full, by name, [ng, c, S, hn] or [c, S].
         """
+        self.ledger.count(admission)
         pages = {}
         if admission.is_page.numel():
             pages = {

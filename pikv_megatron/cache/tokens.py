@@ -13,7 +13,7 @@ class TokenBlock(NamedTuple):
 
     Attributes:
         keys: [ng, t, w_k], after RoPE.
-        values: [ng, t, w_v].
+        values: [ng, t, w_v]; None where they are columns of the keys.
         slot: [t], int64, sequence slot in the expert-parallel group; -1 marks padding.
         shard: [t], int64.
         position: [t], int64.
@@ -21,7 +21,7 @@ class TokenBlock(NamedTuple):
     """
 
     keys: Tensor
-    values: Tensor
+    values: Tensor | None
     slot: Tensor
     shard: Tensor
     position: Tensor
@@ -33,9 +33,11 @@ class TokenBlock(NamedTuple):
 
     def unpacked(self, rows: Tensor) -> "TokenBlock":
         """The block that rows [t', bytes] hold, of the same types and widths."""
-        header, keys, values = unpack_rows(rows, self._by_token())
-        return TokenBlock(keys.transpose(0, 1), values.transpose(0, 1), *header.unbind(1))
+        header, *parts = unpack_rows(rows, self._by_token())
+        keys, values = *(part.transpose(0, 1) for part in parts), *[None] * (2 - len(parts))
+        return TokenBlock(keys, values, *header.unbind(1))
 
     def _by_token(self) -> list[Tensor]:
         header = torch.stack([self.slot, self.shard, self.position, self.earlier_shards], dim=1)
-        return [header, self.keys.transpose(0, 1), self.values.transpose(0, 1)]
+        parts = [self.keys] if self.values is None else [self.keys, self.values]
+        return [header, *(part.transpose(0, 1) for part in parts)]

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from pikv_megatron.checkpoint.families.registry import FAMILIES
+from pikv_megatron.checkpoint.latent_sizes import LatentSizes
 from pikv_megatron.checkpoint.rotary import RotaryScaling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,6 +29,7 @@ class Architecture(BaseModel):
     num_attention_heads: PositiveInt
     num_query_groups: PositiveInt
     kv_channels: PositiveInt | None = None
+    latent_attention: LatentSizes | None = None
     num_experts: PositiveInt
     moe_router_topk: PositiveInt = 2
     moe_router_pre_softmax: bool = False
@@ -73,7 +75,9 @@ class Architecture(BaseModel):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of one attention head, of its output where that is another one's."""
+        if self.latent_attention is not None:
+            return self.latent_attention.v_head_dim
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
@@ -103,7 +107,9 @@ class Architecture(BaseModel):
         heads, groups = self.num_attention_heads, self.num_query_groups
         if heads % groups:
             raise ValueError(f"num_query_groups {groups} must divide num_attention_heads {heads}")
-        if self.kv_channels is None and self.hidden_size % heads:
+        if self.latent_attention is not None:
+            self._check_latent()
+        elif self.kv_channels is None and self.hidden_size % heads:
             raise ValueError(
                 f"num_attention_heads {heads} must divide hidden_size {self.hidden_size}, "
                 "or kv_channels must be set"
@@ -126,6 +132,33 @@ class Architecture(BaseModel):
             )
         if self.clip_qkv is not None and self.qk_layernorm != "projection":
             raise ValueError(f"clip_qkv = {self.clip_qkv} needs qk_layernorm = 'projection'")
+
+    def _check_latent(self) -> None:
+        """Megatron-Core's latent attention has its own norms, no biases, and plain RoPE or YaRN."""
+        if self.num_query_groups != self.num_attention_heads:
+            raise ValueError(
+                f"num_query_groups {self.num_query_groups} must be num_attention_heads "
+                f"{self.num_attention_heads} with latent_attention"
+            )
+        other = {
+            "kv_channels": None, "qk_layernorm": "none", "linear_bias": False, "qkv_bias": False,
+            "attention_output_bias": False, "attention_sink": False, "sliding_window": None,
+            "rotary_percent": 1.0,
+        }
+        for field, allowed in other.items():
+            if getattr(self, field) != allowed:
+                raise ValueError(
+                    f"{field} = {getattr(self, field)!r} is not supported with latent_attention"
+                )
+        scaling = self.rotary_scaling
+        if scaling is not None and (
+            scaling.kind != "yarn" or scaling.attention_factor is not None
+            or not scaling.round_correction_range
+        ):
+            raise ValueError(
+                f"rotary_scaling: {scaling.kind} is not supported with latent_attention; yarn is, "
+                "without an attention_factor and with a rounded range"
+            )
 
     @property
     def _is_softmax_of_chosen(self) -> bool:

@@ -9,12 +9,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.latent_sizes import LatentSizes
 from pikv_megatron.checkpoint.projection_norm import (
     KeyProjectionNorm,
     QueryProjectionNorm,
     clip_values,
 )
+from pikv_megatron.runtime.latent_layers import fit_latent_layers
 from pikv_megatron.runtime.norms import FittingNorm, fit_layer_norms
+from pikv_megatron.transformer.latent_attention import LatentDotProductAttention
 
 
 def layer_spec(architecture: Architecture) -> TransformerBlockSubmodules:
@@ -24,15 +27,20 @@ def layer_spec(architecture: Architecture) -> TransformerBlockSubmodules:
 
 
 def _one_layer_spec(architecture: Architecture, is_moe: bool) -> ModuleSpec:
+    is_latent = architecture.latent_attention is not None
     arguments = dict(
         num_experts=architecture.num_experts if is_moe else None,
-        qk_layernorm=architecture.qk_layernorm != "none",
+        qk_layernorm=architecture.qk_layernorm != "none" or is_latent,
+        multi_latent_attention=is_latent,
     )
+    local = get_gpt_layer_local_spec(**arguments, normalization=architecture.normalization)
+    fit_layer_norms(local)
+    spec = local
     if has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(**arguments)
-    else:
-        spec = get_gpt_layer_local_spec(**arguments, normalization=architecture.normalization)
-        fit_layer_norms(spec)
+    if is_latent:
+        spec.submodules.self_attention = local.submodules.self_attention
+        _fit_latent_attention(local.submodules.self_attention, architecture.latent_attention)
     if architecture.qk_layernorm == "projection":
         attention = spec.submodules.self_attention.submodules
         attention.q_layernorm, attention.k_layernorm = QueryProjectionNorm, KeyProjectionNorm
@@ -42,6 +50,24 @@ def _one_layer_spec(architecture: Architecture, is_moe: bool) -> ModuleSpec:
         attention = spec.submodules.self_attention.submodules
         attention.linear_proj = with_bias(attention.linear_proj)
     return spec
+
+
+def _fit_latent_attention(attention: ModuleSpec, sizes: LatentSizes) -> None:
+    """Norms with an epsilon of their own, which TransformerEngine's fused ones have not."""
+    fit_latent_layers()
+    submodules = attention.submodules
+    submodules.core_attention = LatentDotProductAttention
+    submodules.q_layernorm = submodules.kv_layernorm = with_epsilon(sizes.norm_epsilon)
+
+
+def with_epsilon(epsilon: float) -> type:
+    """A norm whose epsilon is not that of the layers' norms."""
+
+    class NormWithEpsilon(FittingNorm):
+        def __new__(cls, config, hidden_size, eps=None, **kwargs):
+            return FittingNorm(config, hidden_size, eps=epsilon, **kwargs)
+
+    return NormWithEpsilon
 
 
 def with_bias(linear: type) -> type:

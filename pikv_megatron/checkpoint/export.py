@@ -8,7 +8,12 @@ from safetensors.torch import save_file
 
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.config_writer import write_config
-from pikv_megatron.checkpoint.name_table import global_name, name_table, named_tensors
+from pikv_megatron.checkpoint.name_table import (
+    Source,
+    global_name,
+    name_table,
+    named_tensors,
+)
 
 
 def save_huggingface(
@@ -59,6 +64,18 @@ def _huggingface_tensors(
         for source, tensor in zip(slot.sources, slot.unpack(parameter.detach()), strict=True):
             assert tensor.shape == source.shape, f"{name}: {tuple(tensor.shape)}"
             kept = dtype if isinstance(parameter, torch.nn.Parameter) else torch.float32
-            tensors[source.name] = tensor.to("cpu", kept).contiguous()
+            _put(tensor.to("cpu", kept).contiguous(), source, tensors)
     assert not table, f"the model lacks {list(table)}"
     return tensors
+
+
+def _put(tensor: torch.Tensor, source: Source, tensors: dict[str, torch.Tensor]) -> None:
+    """By its usual name, or into its place among all experts where that is the only one."""
+    if source.name != source.other_name:
+        tensors[source.name] = tensor
+        return
+    if source.name not in tensors:
+        tensors[source.name] = tensor.new_empty(source.other_shape)
+    place = tensors[source.name][source.expert]
+    rows = place.T if source.is_transposed else place
+    rows[source.first_row :: source.row_step] = tensor

@@ -40,8 +40,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     fields = ConfigFields(config, family.defaults)
     _refuse_unsupported(fields, family)
     num_heads = fields.integer("num_attention_heads")
-    has_groups = fields.get("num_key_value_heads") is not None
-    has_width = fields.get("head_dim") is not None
+    has_groups = fields.get("num_key_value_heads") is not None and not family.is_latent
+    has_width = fields.get("head_dim") is not None and not family.is_latent
     return Architecture(
         family=family.name,
         num_layers=fields.integer("num_hidden_layers"),
@@ -68,7 +68,7 @@ def _family(config: Mapping[str, Any]) -> Family:
     names = config.get(field)
     names = names if isinstance(names, list) else [names]
     for family in FAMILIES.values():
-        if (family.name if field == "model_type" else family.class_name) in names:
+        if not {family.name, family.class_name, *family.other_names}.isdisjoint(names):
             return family
     missing = next((UNSUPPORTED[name] for name in names if name in UNSUPPORTED), None)
     if missing is not None:

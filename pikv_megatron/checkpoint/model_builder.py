@@ -11,7 +11,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
 from pikv_megatron.checkpoint.architecture import Architecture
 from pikv_megatron.checkpoint.block_spec import has_transformer_engine, layer_spec
@@ -56,7 +59,7 @@ def transformer_config(
     pg_collection: ProcessGroupCollection,
     dtype: torch.dtype = torch.float32,
     overrides: Mapping[str, Any] | None = None,
-) -> GPTConfig:
+) -> TransformerConfig:
     """Megatron-Core's config for inference; `overrides` sets fields of it, for training say.
 
     Raises:
@@ -90,7 +93,6 @@ def transformer_config(
         normalization=architecture.normalization,
         layernorm_epsilon=architecture.layernorm_epsilon,
         qk_layernorm=architecture.qk_layernorm != "none",
-        clip_qkv=architecture.clip_qkv,
         add_qkv_bias=architecture.qkv_bias,
         gated_linear_unit=True,
         add_bias_linear=architecture.linear_bias,
@@ -108,7 +110,10 @@ def transformer_config(
         expert_model_parallel_size=expert_parallel,
         expert_tensor_parallel_size=tensor_parallel,
     )
-    return GPTConfig(**fields | _yarn_fields(architecture) | dict(overrides or {}))
+    fields |= dict(overrides or {})
+    if architecture.latent_attention is not None:
+        return MLATransformerConfig(**_latent_fields(architecture) | fields)
+    return GPTConfig(clip_qkv=architecture.clip_qkv, **_yarn_fields(architecture) | fields)
 
 
 def build_model(
@@ -159,8 +164,11 @@ def _check_parallel_sizes(architecture: Architecture, pg: ProcessGroupCollection
             f"tensor parallel size {tensor_parallel} is not supported with linear_bias: every rank "
             "would add the experts' bias; set it to 1"
         )
-    for field in SPLIT_FIELDS:
-        value = getattr(architecture, field)
+    latent = architecture.latent_attention
+    split = {field: getattr(architecture, field) for field in SPLIT_FIELDS}
+    if latent is not None:
+        split |= {"q_lora_rank": latent.q_lora_rank, "latent row": latent.row_width}
+    for field, value in split.items():
         if value is not None and value % tensor_parallel:
             raise ValueError(
                 f"tensor parallel size {tensor_parallel} must divide {field} {value}"
@@ -193,6 +201,31 @@ def _window_fields(architecture: Architecture) -> dict[str, Any]:
     }
 
 
+def _latent_fields(architecture: Architecture) -> dict[str, Any]:
+    sizes, scaling = architecture.latent_attention, architecture.rotary_scaling
+    fields = dict(
+        q_lora_rank=sizes.q_lora_rank,
+        kv_lora_rank=sizes.kv_lora_rank,
+        qk_head_dim=sizes.qk_head_dim,
+        qk_pos_emb_head_dim=sizes.qk_pos_emb_head_dim,
+        v_head_dim=sizes.v_head_dim,
+        rotary_base=architecture.rotary_base,
+    )
+    if scaling is None:
+        return fields | dict(rope_type="rope", rotary_scaling_factor=1.0)
+    has_scales = scaling.mscale is not None
+    return fields | dict(
+        rope_type="yarn",
+        rotary_scaling_factor=scaling.factor,
+        original_max_position_embeddings=scaling.original_max_positions,
+        beta_fast=scaling.beta_fast,
+        beta_slow=scaling.beta_slow,
+        # Without a scale of its own, yarn's is 0.1 ln(factor) + 1, and the softmax has none.
+        mscale=scaling.mscale if has_scales else 1.0,
+        mscale_all_dim=scaling.mscale_all_dim if has_scales else 0.0,
+    )
+
+
 def _moe_layer_freq(architecture: Architecture) -> int | list[int]:
     # With a list, Megatron-Core names the tensors of its checkpoints layer by layer; an even stack
     # keeps the number 1, and with it the stacked names of everybody else's checkpoints.
@@ -200,6 +233,8 @@ def _moe_layer_freq(architecture: Architecture) -> int | list[int]:
 
 
 def _rotary_arguments(architecture: Architecture) -> dict[str, Any]:
+    if architecture.latent_attention is not None:  # its layers have their own
+        return dict(position_embedding_type="rope")
     scaling = architecture.rotary_scaling
     arguments: dict[str, Any] = dict(
         position_embedding_type="rope", rotary_base=architecture.rotary_base,

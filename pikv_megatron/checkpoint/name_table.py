@@ -94,7 +94,9 @@ def name_table(architecture: Architecture) -> dict[str, Slot]:
     if not a.tie_embeddings:
         table["output_layer.weight"] = _plain("lm_head.weight", vocabulary, 0)
     for layer, is_moe in enumerate(a.is_moe_layer):
-        slots = [*_attention_slots(a, f"model.layers.{layer}.")]
+        prefix = f"model.layers.{layer}."
+        attention = _attention_slots if a.latent_attention is None else _latent_slots
+        slots = [*_norm_slots(a, prefix), *attention(a, prefix)]
         slots += _moe_slots(a, layer) if is_moe else _dense_slots(a, layer)
         table |= {f"decoder.layers.{layer}.{name}": slot for name, slot in slots}
     return table
@@ -124,12 +126,42 @@ def _plain(name: str, shape: tuple[int, ...], tp_axis: int | None = None) -> Slo
     return Slot((Source(name, shape),), tp_axis)
 
 
+def _norm_slots(a: Architecture, prefix: str) -> Iterator[tuple[str, Slot]]:
+    shape = (a.hidden_size,)
+    yield "input_layernorm.weight", _plain(prefix + "input_layernorm.weight", shape)
+    yield "pre_mlp_layernorm.weight", _plain(prefix + "post_attention_layernorm.weight", shape)
+
+
+def _latent_slots(a: Architecture, prefix: str) -> Iterator[tuple[str, Slot]]:
+    """Every projection is split by its rows, the low-rank ones too."""
+    h, heads, sizes = a.hidden_size, a.num_attention_heads, a.latent_attention
+    low, rank, query_rows = sizes.q_lora_rank, sizes.kv_lora_rank, heads * sizes.query_width
+    value_rows = heads * sizes.v_head_dim
+    projections = {
+        "linear_kv_down_proj": ("kv_a_proj_with_mqa", (sizes.row_width, h)),
+        "linear_kv_up_proj": ("kv_b_proj", (heads * sizes.qk_head_dim + value_rows, rank)),
+    }
+    norms = {"kv_layernorm": ("kv_a_layernorm", rank)}
+    if low is None:
+        projections["linear_q_proj"] = "q_proj", (query_rows, h)
+    else:
+        projections["linear_q_down_proj"] = "q_a_proj", (low, h)
+        projections["linear_q_up_proj"] = "q_b_proj", (query_rows, low)
+        norms["q_layernorm"] = "q_a_layernorm", low
+    for name, (theirs, shape) in projections.items():
+        slot = _plain(f"{prefix}self_attn.{theirs}.weight", shape, 0)
+        yield f"self_attention.{name}.weight", slot
+    for name, (theirs, width) in norms.items():
+        slot = _plain(f"{prefix}self_attn.{theirs}.weight", (width,))
+        yield f"self_attention.{name}.weight", slot
+    output = _plain(prefix + "self_attn.o_proj.weight", (h, value_rows), 1)
+    yield "self_attention.linear_proj.weight", output
+
+
 def _attention_slots(a: Architecture, prefix: str) -> Iterator[tuple[str, Slot]]:
     h, hn = a.hidden_size, a.head_dim
     q_rows, kv_rows = a.num_attention_heads * hn, a.num_query_groups * hn
     attention = prefix + "self_attn."
-    yield "input_layernorm.weight", _plain(prefix + "input_layernorm.weight", (h,))
-    yield "pre_mlp_layernorm.weight", _plain(prefix + "post_attention_layernorm.weight", (h,))
     qkv = tuple(
         Source(f"{attention}{letter}_proj.weight", (rows, h))
         for letter, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))

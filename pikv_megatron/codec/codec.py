@@ -65,7 +65,7 @@ class PageCodec:
         """
         if self._transform is not None:
             keys, values = self._transform.encode(keys, values, slots)
-        seal_page(keys, values, pages, page)
+        seal_page(keys, None if pages.values is None else values, pages, page)
         if pages.log_multiplicity is not None:
             pages.log_multiplicity[page] = math.log(self.pooled << level)
 

@@ -63,6 +63,8 @@ class CodecOptions(Options):
         Raises:
             ValueError: a parameter does not fit the layer or the pages.
         """
+        if kv.values_in_keys:
+            self._refuse_unshared()
         transform = self.transform.build(kv, num_slots, moments)
         if self.rotation == "hadamard":
             transform = RotatedTransform(kv, transform)
@@ -74,6 +76,22 @@ class CodecOptions(Options):
             )
         self.format.check(page_size // pooled)
         return PageCodec(kv, page_size, transform, self.format, self.transform.ageing)
+
+
+    def _refuse_unshared(self) -> None:
+        """Latent attention stores values as columns of the keys."""
+        apart = [
+            f"codec.{field} {name!r}" for field, name, is_asked in (
+                ("transform", "mixed", self.transform.name == "mixed"),
+                ("format", "mixed", self.format.name == "mixed"),
+                ("rotation", "hadamard", self.rotation == "hadamard"),
+            ) if is_asked
+        ]
+        if apart:
+            raise ValueError(
+                f"{apart[0]} treats keys and values apart, and the values of latent attention are "
+                "columns of its keys: leave it out for these layers"
+            )
 
 
 def _from_none(value: Any) -> Any:

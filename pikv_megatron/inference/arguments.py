@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+MARK = "\0"  # no argument of a command line can hold it
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """Raises `ValueError` where argparse would exit, and prints its help on the first rank only."""
@@ -29,7 +31,8 @@ def joined_values(
 ) -> list[str]:
     """`--prompt -x` as `--prompt=-x`: argparse would take a text with a dash for an option.
 
-    An option of the parser's own stays one, so that a forgotten value is still noticed.
+    An option of the parser's own stays one, so that a forgotten value is still noticed. The value
+    `--` is marked, since argparse would drop it; `text` is the type of these options.
     """
     joined: list[str] = []
     for argument in argv:
@@ -38,7 +41,13 @@ def joined_values(
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
-    return joined
+    dropped = {f"{name}=--": f"{name}={MARK}--" for name in names}
+    return [dropped.get(argument, argument) for argument in joined]
+
+
+def text(value: str) -> str:
+    """The `type` of an option that `joined_values` is told of."""
+    return value.removeprefix(MARK)
 
 
 def positive(kind: type):

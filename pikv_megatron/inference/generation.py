@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.checkpoint.name_table import expert_biases
 from pikv_megatron.config import PiKVConfig
-from pikv_megatron.inference.agreement import check_same_on_all_ranks
+from pikv_megatron.inference.agreement import same_on_all_ranks
 from pikv_megatron.inference.batch import StepCallback, run_batch
 from pikv_megatron.inference.engine import Engine
 from pikv_megatron.inference.outputs import CacheReport, GenerationOutput
@@ -105,8 +105,11 @@ class PiKVForCausalLM(torch.nn.Module):
             ValueError: a prompt is empty or too long, the ranks were given different prompts, or
                 `resume` meets another number of sequences than was kept. What was kept stays.
         """
-        prompts, sampling = as_prompts(input_ids), sampling or SamplingParams()
-        self._check_ranks((prompts, max_new_tokens, sampling, keep_cache, resume))
+        sampling = sampling or SamplingParams()
+        prompts, *_ = same_on_all_ranks(
+            lambda: (as_prompts(input_ids), max_new_tokens, sampling, keep_cache, resume),
+            self.ep_group, next(self.model.parameters()).device,
+        )
         kept = self._kept if resume else [None] * len(prompts)
         if len(kept) != len(prompts):
             raise ValueError(
@@ -126,10 +129,6 @@ class PiKVForCausalLM(torch.nn.Module):
         if stop is not None:
             stop.reset([list(self.engine.running[sequence_id].history) for sequence_id in ids])
         return self._run(ids, callback, keep_cache)
-
-    def _check_ranks(self, call: object) -> None:
-        device = next(self.model.parameters()).device
-        check_same_on_all_ranks(call, self.ep_group, device)
 
     def _make_room(self, requests: Sequence[Request]) -> None:
         """Forget what was kept, for requests that will not be refused."""

@@ -22,6 +22,7 @@ from pikv_megatron.inference.arguments import (
     default_dtype,
     joined_values,
     positive,
+    text,
     writable,
 )
 from pikv_megatron.inference.prompts import encode_prompts, read_prompts
@@ -93,7 +94,7 @@ def parse_options(argv: Sequence[str], deepspeed_config: Path) -> GenerateOption
         tokenizer=tokenizer,
         pikv=pikv,
         deepspeed={**_read_deepspeed_config(args.deepspeed_config), "dtype": DTYPES[args.dtype]},
-        prompts=[text for _, text in prompts],
+        prompts=[prompt for _, prompt in prompts],
         prompt_ids=encode_prompts(
             prompts, tokenizer, args.model if args.chat else None, args.special_tokens,
             architecture.vocab_size,
@@ -119,7 +120,8 @@ def _parser(deepspeed_config: Path) -> ArgumentParser:
     add("--model", type=Path, required=True,
         help=f"Hugging Face directory: {', '.join(FAMILIES)}")
     add("--pikv", type=Path, help="YAML file of the cache; default: lossless")
-    add("--prompt", action="append", default=[], help="text to continue; may be repeated")
+    add("--prompt", action="append", type=text, default=[],
+        help="text to continue; may be repeated")
     add("--prompt-file", type=Path, help="more texts, one a line (UTF-8)")
     add("--chat", action="store_true", help="each text is a user's message: put it into the "
         "model's chat template")
@@ -132,7 +134,8 @@ def _parser(deepspeed_config: Path) -> ArgumentParser:
     add("--top-p", type=float, help="draw among the likeliest p; 1: all")
     add("--repetition-penalty", type=float, help="above 1 repeats less; 1: none")
     add("--seed", type=int, help="of the draws; default: 0")
-    add("--stop", action="append", default=[], help="text that ends a sequence; may be repeated")
+    add("--stop", action="append", type=text, default=[],
+        help="text that ends a sequence; may be repeated")
     add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
     add("--output", type=Path, help="results, one JSON object a line")
     add("--expert-parallel-size", type=positive(int), help="default: all ranks left by the next")

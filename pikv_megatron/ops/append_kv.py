@@ -10,9 +10,9 @@ from pikv_megatron.ops.backend import kernel_op
 
 def append_kv(
     keys: torch.Tensor,
-    values: torch.Tensor,
+    values: torch.Tensor | None,
     pool_keys: torch.Tensor,
-    pool_values: torch.Tensor,
+    pool_values: torch.Tensor | None,
     page: torch.Tensor,
     offset: torch.Tensor,
 ) -> None:
@@ -23,9 +23,9 @@ def append_kv(
 
     Args:
         keys: [ng, t, w_k], of any strides.
-        values: [ng, t, w_v].
+        values: [ng, t, w_v]; None where they are columns of the keys.
         pool_keys: [ng, p, S, w_k], any floating dtype: tokens are cast to it.
-        pool_values: [ng, p, S, w_v].
+        pool_values: [ng, p, S, w_v]; None likewise.
         page: [t], int64; -1 loses the token. A (page, offset) is named once, or in the null page.
         offset: [t], int64, in [0, S).
     """
@@ -33,4 +33,5 @@ def append_kv(
     if kernel is not None:
         return kernel(keys, values, pool_keys, pool_values, page, offset)
     pool_keys[:, page, offset] = keys.to(pool_keys.dtype)  # -1 counts from the end
-    pool_values[:, page, offset] = values.to(pool_values.dtype)
+    if values is not None:
+        pool_values[:, page, offset] = values.to(pool_values.dtype)

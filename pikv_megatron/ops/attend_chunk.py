@@ -25,7 +25,8 @@ def is_chunk(query: torch.Tensor, lists: Sequence[PageList]) -> bool:
     """Whether `attend_chunk` serves these arguments of `decode_attention`."""
     is_long = query.is_cpu and len(query) == 1 and query.shape[1] >= MIN_QUERIES
     return is_long and all(
-        x.pages.log_multiplicity is None and x.pages.keys.shape[3] == x.pages.values.shape[3]
+        x.pages.log_multiplicity is None
+        and (x.pages.values is None or x.pages.keys.shape[3] == x.pages.value_width)
         for x in lists
     )
 
@@ -39,10 +40,11 @@ def attend_chunk(
     parts = [
         part for each in lists for part in _parts(heads.contiguous(), each, softmax_scale)
     ]
+    width = lists[0].pages.value_width
     if not parts:
-        return empty_state(query, query.shape[3])
+        return empty_state(query, width)
     whole = merge_states(*(torch.stack(x) for x in zip(*parts)))
-    return AttentionState(whole.out.to(query.dtype), whole.lse)
+    return AttentionState(whole.out[..., :width].to(query.dtype), whole.lse)
 
 
 def _parts(
@@ -67,13 +69,18 @@ def _parts(
 def _tokens(
     page_list: PageList, columns: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the tokens of columns [c] that are read, [ng, t, r], float32."""
+    """Keys and values of the tokens of columns [c] that are read, [ng, t, r], float32.
+
+    Flash attention has one width: values that are columns of the keys come with the other columns.
+    """
     page_size = page_list.pages.page_size
     shown = torch.arange(page_size) < page_list.lens[0, columns].unsqueeze(1)
     if page_list.token_mask is not None:
         shown &= page_list.token_mask[0, columns]
-    numbers = (x.flatten(1, 2) for x in expand_pages(page_list.pages, page_list.table[0, columns]))
-    if shown.all():
-        return tuple(numbers)
-    place = shown.flatten().nonzero().squeeze(1)
-    return tuple(x.index_select(1, place) for x in numbers)
+    numbers = [x.flatten(1, 2) for x in expand_pages(page_list.pages, page_list.table[0, columns])]
+    if page_list.pages.values is None:
+        numbers = numbers[:1]
+    if not shown.all():
+        place = shown.flatten().nonzero().squeeze(1)
+        numbers = [x.index_select(1, place) for x in numbers]
+    return numbers[0], numbers[-1]

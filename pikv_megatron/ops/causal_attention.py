@@ -9,6 +9,7 @@ g = np / ng, hn key width, w_v value width, s tokens of one sequence.
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from pikv_megatron.ops.dense_attention import dense_attention
@@ -72,14 +73,18 @@ def _attend(
     query, keys, values = (x if x.stride(2) == 1 else x.contiguous() for x in (query, keys, values))
     group = query.shape[1] // keys.shape[1]
     grouped = query.unflatten(1, (-1, group)).permute(1, 2, 0, 3)  # [ng, g, s, hn]
+    # Flash attention has one width; narrower values get zeros behind them.
+    missing = keys.shape[2] - values.shape[2]
+    padded = F.pad(values, (0, missing)) if missing > 0 else values
     operands = [grouped] + [
-        x.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for x in (keys, values)
+        x.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for x in (keys, padded)
     ]
     flash = _flash(*operands)
     if flash is None:
         return _attend_in_blocks(query, keys, values, softmax_scale)
     out, lse = flash(*operands, is_causal=True, scale=softmax_scale)[:2]
-    return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
+    out = out[..., : values.shape[2]].permute(2, 0, 1, 3).flatten(1, 2)
+    return out, lse.permute(2, 0, 1).flatten(1, 2)
 
 
 def _flash(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Callable | None:

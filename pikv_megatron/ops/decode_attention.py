@@ -49,7 +49,7 @@ def decode_attention(
         state, masses = kernel(query, lists, softmax_scale, with_mass)
         return AttentionState(*state), masses
     if query.numel() == 0 or not any(each.table.shape[1] for each in lists):
-        state = empty_state(query, lists[0].pages.values.shape[3])
+        state = empty_state(query, lists[0].pages.value_width)
         masses = [state.lse.new_zeros(*state.lse.shape, x.table.shape[1]) for x in lists]
     else:
         state, masses = _attend(query, lists, softmax_scale)

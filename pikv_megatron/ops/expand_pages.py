@@ -21,10 +21,12 @@ def expand_pages(pages: KVPages, page: torch.Tensor) -> tuple[torch.Tensor, torc
         Keys [ng, c, S, r_k] and values [ng, c, S, r_v], float32.
     """
     keys = _codes(pages.keys[:, page], pages.key_scale, pages.key_bits)
-    values = _codes(pages.values[:, page], pages.value_scale, pages.value_bits)
     if pages.key_scale is not None:
         groups = keys.unflatten(2, (pages.key_scale.shape[2], -1))
         keys = _scaled(groups, pages.key_scale, pages.key_zero, page, 3)
+    if pages.values is None:
+        return keys, keys[..., : pages.value_width]
+    values = _codes(pages.values[:, page], pages.value_scale, pages.value_bits)
     if pages.value_scale is not None:
         groups = values.unflatten(3, (pages.value_scale.shape[3], -1))
         values = _scaled(groups, pages.value_scale, pages.value_zero, page, 4)

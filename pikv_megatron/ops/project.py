@@ -33,7 +33,7 @@ def project(
     rows = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(0)
     grouped = rows.unflatten(1, (num_groups, -1)).transpose(0, 1)  # [ng, rows, g, w_in]
     group = grouped.shape[2]
-    flat = grouped.reshape(num_groups, -1, w_in)
+    flat = grouped.reshape(num_groups, len(rows) * group, w_in)
     if bias is None:
         out = torch.bmm(flat, basis)
     else:

@@ -14,7 +14,7 @@ from pikv_megatron.types import KVPages, PageSketch
 
 def seal_page(
     keys: torch.Tensor,
-    values: torch.Tensor,
+    values: torch.Tensor | None,
     pages: KVPages,
     page: torch.Tensor,
     sketch: PageSketch | None = None,
@@ -33,7 +33,7 @@ def seal_page(
 
     Args:
         keys: [ng, c, S, r_k], any floating dtype and strides.
-        values: [ng, c, S, r_v].
+        values: [ng, c, S, r_v]; None where they are columns of the keys.
         pages: the pool; its last page is a null page, whose content nobody reads.
         page: [c], int64; negative loses the page.
         sketch: the sketches to write to; None: no sketch is made.
@@ -54,10 +54,10 @@ def seal_page(
 
 
 def _encode(
-    keys: torch.Tensor, values: torch.Tensor, pages: KVPages
+    keys: torch.Tensor, values: torch.Tensor | None, pages: KVPages
 ) -> dict[str, torch.Tensor]:
     """The fields of `KVPages` for these buffers, each [ng, c, ...]."""
-    parts = {"keys": keys, "values": values}
+    parts = {"keys": keys} if values is None else {"keys": keys, "values": values}
     if pages.key_scale is not None:
         groups = keys.unflatten(2, (pages.key_scale.shape[2], -1))
         parts |= _quantised("key", groups, 3, None if pages.key_zero is None else pages.key_bits)

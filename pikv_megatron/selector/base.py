@@ -17,6 +17,10 @@ class PageSelector(ABC):
     """Chooses pages by what the home rank remembers of them: no collective is needed."""
 
     @abstractmethod
+    def num_columns(self, most_pages: int) -> int:
+        """k, for so many columns of all ranks: known before anything is scored."""
+
+    @abstractmethod
     def select(self, ask: Ask, may_read: torch.Tensor, most_pages: int) -> torch.Tensor:
         """Choose pages for each sequence.
 
@@ -25,8 +29,8 @@ class PageSelector(ABC):
             most_pages: at least the pages that any sequence of any rank has on all ranks together.
 
         Returns:
-            [n, k], int64, columns out of M, -1 for none; k follows from `most_pages` alone, so it
-            is the same on all ranks.
+            [n, k], int64, columns out of M, -1 for none; k is `num_columns`, the same on all
+            ranks.
         """
 
 

@@ -37,13 +37,15 @@ class BudgetSelector(PageSelector):
     def __init__(self, share: float | None, pages: int | None):
         self._share, self._pages = share, pages
 
-    def select(self, ask, may_read, most_pages):
+    def num_columns(self, most_pages):
         if self._pages is not None:
-            columns, is_listed = ranked(ask.page_scores, may_read, self._pages)
+            return min(self._pages, most_pages)
+        return math.ceil(self._share * most_pages)
+
+    def select(self, ask, may_read, most_pages):
+        columns, is_listed = ranked(ask.page_scores, may_read, self.num_columns(most_pages))
+        if self._pages is not None:
             return torch.where(is_listed, columns, -1)
-        columns, is_listed = ranked(
-            ask.page_scores, may_read, math.ceil(self._share * most_pages)
-        )
         # Of x pages, those before x * share: their number is rounded up.
         wanted = ask.is_page.sum(dim=1, keepdim=True) * self._share
         order = torch.arange(columns.shape[1], device=columns.device)

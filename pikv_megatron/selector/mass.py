@@ -28,6 +28,9 @@ class MassSelector(PageSelector):
         # All of the attention is all pages, however their shares are rounded.
         self._share = share if share < 1 else math.inf
 
+    def num_columns(self, most_pages):
+        return most_pages
+
     def select(self, ask, may_read, most_pages):
         columns, is_listed = ranked(ask.page_scores, may_read, most_pages)
         shares = ask.page_scores.gather(1, columns)

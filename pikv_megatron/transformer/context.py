@@ -1,6 +1,7 @@
 """Megatron's static inference context, with the KV of its sequences sharded over the EP group."""
 
-from typing import Sequence
+from collections import Counter
+from typing import Callable, Sequence
 
 import deepspeed.comm as dist
 import torch
@@ -11,7 +12,6 @@ from pydantic import ByteSize
 from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.layer_cache import LayerCache
-from pikv_megatron.cache.ledger import PageLedger
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.sliding_cache import SlidingCache
@@ -58,13 +58,13 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.num_ranks = 1 if ep_group is None else ep_group.size()
         self.rank = 0 if ep_group is None else ep_group.rank()
         self.placement = Placement.resolve(config, self.num_ranks, self.rank)
-        self._footprint = Footprint(self.placement, config.page_size, max(1, self.keeps_experts))
+        self.footprint = Footprint(self.placement, config.page_size, max(1, self.keeps_experts))
         self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
         self.plan: StepPlan | None = None
         self._pads_evenly = pads_evenly
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False
-        self._shared_ledgers: tuple[PageLedger, PageLedger] | None = None
+        self._rotary_table: tuple[torch.Tensor, float] | None = None
         self.layers = {spec.number: self._new_layer(spec) for spec in specs}
 
     @classmethod
@@ -161,6 +161,15 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.plan = None
         self._driven = False
 
+    def rotary_table(
+        self, make: Callable[[int], tuple[torch.Tensor, float]]
+    ) -> tuple[torch.Tensor, float]:
+        """Angles of all positions and their factor, for layers that have rotary embeddings of
+        their own: made once, since they are alike."""
+        if self._rotary_table is None:
+            self._rotary_table = make(self.max_sequence_length)
+        return self._rotary_table
+
     def step(self, layer_number: int, hidden_states: torch.Tensor) -> StepPlan:
         """The plan of the running step; under Megatron's engine made at the first layer."""
         if not self._driven and (self.plan is None or layer_number == self._first_layer):
@@ -169,8 +178,15 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def allocated_bytes(self) -> int:
         """Bytes of every tensor of this rank's cache, metadata included."""
-        tensors = {id(t): t for layer in self.layers.values() for t in layer.tensors()}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return sum(self.bytes_by_part().values())
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """The same by what the tensors are for, all layers together."""
+        total: Counter[str] = Counter()
+        for layer in self.layers.values():
+            for name, tensors in layer.parts().items():
+                total[name] += sum(t.nbytes for t in tensors)
+        return dict(total)
 
     def check_integrity(self) -> None:
         """No page is lost or held twice, and only live sequences hold any."""
@@ -182,14 +198,15 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def _new_plan(self, rows_by_rank: RowsByRank, device: torch.device) -> StepPlan:
         return StepPlan(
-            rows_by_rank, self.rank, self.max_batch_size, self.layout, self._footprint, device,
+            rows_by_rank, self.rank, self.max_batch_size, self.layout, self.footprint, device,
             self._pads_evenly,
         )
 
     def _wanted_pages(
         self, layer: LayerCache, lengths: Sequence[tuple[CachedSequence, int]]
-    ) -> tuple[int, int]:
-        """Pages to be free on this rank, and of its own sequences on all ranks."""
+    ) -> tuple[int, int, int]:
+        """Pages to be free on this rank, and of its own sequences on all ranks; and the most that
+        any sequence comes to have here."""
         # What a prompt's chunk fills is dropped after it was filled.
         chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
         owned = noted = chunk if layer.store.drops else 0
@@ -200,7 +217,9 @@ class PiKVInferenceContext(StaticInferenceContext):
             if home == self.rank:
                 far = self._missing_pages(layer, sequence, length, at_home=False)
                 noted += here + (self.num_ranks - 1) * far
-        return owned, noted
+        longest = max((length for _, length in lengths), default=0)
+        most = self.footprint.most_pages(self._num_in_shards(longest))
+        return owned, noted, layer.store.num_columns(most)
 
     def _check_memory(self, growth: int) -> None:
         """Refuse on all ranks what is too much for one of them."""
@@ -223,36 +242,31 @@ class PiKVInferenceContext(StaticInferenceContext):
     ) -> int:
         """Pages that a sequence of `length` tokens, spread evenly, needs on a rank besides those
         that it has."""
-        sinks, store = self.pikv_config.num_sinks, layer.store
-        later = length - sinks - self.pikv_config.window
-        wanted = store.num_columns(self._footprint.enough_pages(later, at_home))
-        return wanted - store.num_columns(
-            self._footprint.full_pages(sequence.flushed - sinks, at_home)
-        )
+        store, later = layer.store, self._num_in_shards(length)
+        wanted = store.num_columns(self.footprint.enough_pages(later, at_home))
+        now = sequence.flushed - self.pikv_config.num_sinks
+        return wanted - store.num_columns(self.footprint.full_pages(now, at_home))
+
+    def _num_in_shards(self, length: int) -> int:
+        """Tokens in shards of a sequence of `length`, at most."""
+        return max(0, length - self.pikv_config.num_sinks - self.pikv_config.window)
 
     def _new_layer(self, spec: LayerSpec) -> LayerCache | SlidingCache:
         if spec.sliding_window is not None:
             return SlidingCache(spec, self.max_batch_size)
-        slots = self.max_batch_size
-        max_pages = self._footprint.most_pages(self.max_sequence_length)
+        page_size, slots = self.pikv_config.page_size, self.max_batch_size
+        max_pages = self.footprint.most_pages(self.max_sequence_length)
         window = StreamWindow(spec.kv, slots, self.layout.size, self.keeps_experts)
-        stored, noted = self._ledgers(spec.kv.device)
-        store = ShardStore(spec, self.placement, stored, max_pages, self.keeps_experts > 1)
+        store = ShardStore(
+            spec, self.placement, page_size, slots * self.num_ranks, max_pages,
+            self.keeps_experts > 1,
+        )
         directory = None
         if not isinstance(spec.options.sketch, NoSketchOptions):
-            directory = PageDirectory(spec, self.placement, noted, max_pages)
+            directory = PageDirectory(spec, self.placement, page_size, slots, max_pages)
         return LayerCache(
             spec, window, store, directory, self._new_dispatcher(), self.placement, slots
         )
-
-    def _ledgers(self, device: torch.device) -> tuple[PageLedger, PageLedger]:
-        """Of the pages that a layer stores here, and of those that it notes: new ones where experts
-        have a say in placement, else the same in every layer."""
-        if self._shared_ledgers is None or self.placement.expert_shards > 1:
-            rows = self.max_batch_size * self.num_ranks
-            shape = rows, self.placement.shards_per_rank, self.pikv_config.page_size
-            self._shared_ledgers = PageLedger(*shape, device), PageLedger(*shape, device)
-        return self._shared_ledgers
 
     def _new_dispatcher(self) -> KVDispatcher:
         if self.num_ranks == 1:

@@ -49,12 +49,7 @@ class ExpertStack:
         local = list(experts.local_experts)
         if not all(map(is_plain, local)) or not _fits(local[0]):
             return None
-        layers = [[getattr(e, name) for e in local] for name in ("linear_fc1", "linear_fc2")]
-        parameters = [
-            [getattr(linear, name) for linear in linears]
-            for name in ("weight", "bias") for linears in layers
-        ]
-        parameters = [own for own in parameters if own[0] is not None]
+        parameters = _parameters(local)
         stacks = [_together(own) for own in parameters]
         return cls(local[0].config, parameters, *(stacks + [None, None])[:4])
 
@@ -65,8 +60,17 @@ class ExpertStack:
         All are cast or none, so the first and the last are asked.
         """
         return all(
-            own[index].data_ptr() == stack[index].data_ptr() and own[index].dtype == stack.dtype
+            _lies_in(own[index], stack[index])
             for own, stack in zip(self.parameters, self._stacks) for index in (0, -1)
+        )
+
+    def is_of(self, experts: SequentialMLP) -> bool:
+        """Whether it is what `of` would make, every expert and every parameter looked at."""
+        local = list(experts.local_experts)
+        return all(map(is_plain, local)) and all(
+            parameter is own and _lies_in(own, place)
+            for parameters, owns, stack in zip(_parameters(local), self.parameters, self._stacks)
+            for parameter, own, place in zip(parameters, owns, stack)
         )
 
     def outputs(
@@ -130,6 +134,20 @@ def _fits(expert: MLP) -> bool:
     return weights[0].dtype in DTYPES and all(
         weight.shape[1] * weight.element_size() % ALIGNMENT == 0 for weight in weights
     )
+
+
+def _parameters(experts: list[MLP]) -> list[list[torch.nn.Parameter]]:
+    """Weights of the first and second products, then biases if there are any."""
+    layers = [[getattr(e, name) for e in experts] for name in ("linear_fc1", "linear_fc2")]
+    every = [
+        [getattr(linear, name) for linear in linears]
+        for name in ("weight", "bias") for linears in layers
+    ]
+    return [own for own in every if own[0] is not None]
+
+
+def _lies_in(parameter: torch.nn.Parameter, place: torch.Tensor) -> bool:
+    return parameter.data_ptr() == place.data_ptr() and parameter.dtype == place.dtype
 
 
 def _together(parameters: list[torch.nn.Parameter]) -> torch.Tensor:

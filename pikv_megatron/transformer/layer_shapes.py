@@ -2,8 +2,10 @@
 
 import math
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -16,8 +18,10 @@ def layer_shapes(model: GPTModel) -> list[LayerShape]:
     return [_shape(layer.self_attention) for layer in model.decoder.layers]
 
 
-def _shape(attention: SelfAttention) -> LayerShape:
+def _shape(attention: SelfAttention | MLASelfAttention) -> LayerShape:
     weight = next(attention.parameters())
+    if isinstance(attention, MLASelfAttention):
+        return _latent_shape(attention, weight)
     width = attention.hidden_size_per_attention_head
     kv = KVShape(
         attention.num_query_groups_per_partition, width, width, weight.dtype, weight.device
@@ -26,6 +30,14 @@ def _shape(attention: SelfAttention) -> LayerShape:
         kv, attention.num_attention_heads_per_partition, softmax_scale(attention),
         sliding_window(attention.config, attention.layer_number),
     )
+
+
+def _latent_shape(attention: MLASelfAttention, weight: torch.Tensor) -> LayerShape:
+    """One row for all heads, whose first columns are the values."""
+    config = attention.config
+    rank, width = config.kv_lora_rank, config.kv_lora_rank + config.qk_pos_emb_head_dim
+    kv = KVShape(1, width, rank, weight.dtype, weight.device, values_in_keys=True)
+    return LayerShape(kv, attention.num_attention_heads_per_partition, attention.softmax_scale)
 
 
 def sliding_window(config: TransformerConfig, layer_number: int) -> int | None:

@@ -3,14 +3,21 @@
 import copy
 
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.transformer.attention import PiKVSelfAttention
+from pikv_megatron.transformer.latent_attention import (
+    LatentDotProductAttention,
+    PiKVLatentAttention,
+)
 from pikv_megatron.transformer.plain_linears import PLAIN
 from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
+from pikv_megatron.runtime.latent_layers import fit_latent_layers
 from pikv_megatron.runtime.norms import (
     FittingNorm,
     FusedLayerNorm,
@@ -18,6 +25,9 @@ from pikv_megatron.runtime.norms import (
     fit_layer_norms,
 )
 from pikv_megatron.transformer.transformer_layer import pikv_layer_class
+
+
+CACHED = {SelfAttention: PiKVSelfAttention, MLASelfAttention: PiKVLatentAttention}
 
 
 def pikv_layer_spec(
@@ -29,7 +39,7 @@ def pikv_layer_spec(
     checkpoint loads unchanged. Apex's norms give way to torch's where they would not work.
 
     Raises:
-        ValueError: a layer has latent (MLA), cross or otherwise unknown attention.
+        ValueError: a layer has cross or otherwise unknown attention.
     """
     apply_cpu_fallback()
     spec = copy.deepcopy(spec)
@@ -47,17 +57,24 @@ def _swap(layer: ModuleSpec, pikv_config: PiKVConfig) -> ModuleSpec:
     attention = getattr(submodules, "self_attention", None)
     if not isinstance(attention, ModuleSpec) or not isinstance(attention.module, type):
         raise ValueError(f"spec: expected a transformer layer or block spec, got {layer}")
-    if not issubclass(attention.module, SelfAttention):
+    kind = next((base for base in CACHED if issubclass(attention.module, base)), None)
+    if kind is None:
         raise ValueError(
             f"self_attention: {attention.module.__name__} is not supported under PiKV yet; "
-            "SelfAttention is"
+            "SelfAttention and MLASelfAttention are"
         )
     if getattr(submodules, "cross_attention", IdentityOp) is not IdentityOp:
         raise ValueError("cross_attention is not supported under PiKV")
-    attention.module = PiKVSelfAttention
-    for name in ("linear_qkv", "linear_proj"):
-        linear = getattr(attention.submodules, name)
-        setattr(attention.submodules, name, PLAIN.get(linear, linear))
+    attention.module = CACHED[kind]
+    # Megatron-Core looks at the classes of the down-projections of latent attention.
+    for name in ("linear_qkv", "linear_q_proj", "linear_q_up_proj", "linear_proj"):
+        linear = getattr(attention.submodules, name, None)
+        if linear in PLAIN:
+            setattr(attention.submodules, name, PLAIN[linear])
+    if kind is MLASelfAttention:
+        fit_latent_layers()
+        if attention.submodules.core_attention is DotProductAttention:
+            attention.submodules.core_attention = LatentDotProductAttention
     attention.params = {**(attention.params or {}), "pikv_config": pikv_config}
     layer.module = pikv_layer_class(layer.module)
     fit_layer_norms(layer)

@@ -94,6 +94,11 @@ class LeanExperts:
 
     def _current_stack(self) -> ExpertStack | None:
         stack = self._stack
-        if not self._is_checked or (stack is not None and not stack.is_current):
-            self._stack, self._is_checked = ExpertStack.of(self._experts), True
+        if not self._is_checked:
+            is_kept = stack is not None and stack.is_of(self._experts)
+        else:
+            is_kept = stack is None or stack.is_current
+        if not is_kept:
+            self._stack = ExpertStack.of(self._experts)
+        self._is_checked = True
         return self._stack

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from layer_caches import SCALE, SHAPE
 
 from pikv_megatron import PiKVConfig
-from pikv_megatron.cache.ledger import PageLedger
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
@@ -19,8 +18,7 @@ MAX_PAGES = 400
 
 def new_store(placement, page_size, num_slots=1, has_replicas=False, **fields) -> ShardStore:
     (spec,) = PiKVConfig(page_size=page_size, **fields).resolve([SHAPE])
-    ledger = PageLedger(num_slots, placement.shards_per_rank, page_size, torch.device("cpu"))
-    return ShardStore(spec, placement, ledger, MAX_PAGES, has_replicas)
+    return ShardStore(spec, placement, page_size, num_slots, MAX_PAGES, has_replicas)
 
 
 def insert(store: ShardStore, tokens: TokenBlock) -> None:

@@ -52,5 +52,5 @@ def test_each_token_sees_the_last_ones_of_its_own_sequence(chunks):
 def test_memory_is_that_of_the_window():
     token_bytes = SHAPE.kv.token_bytes
     for longest in (128, 4096):
-        sliding = new_context(longest).layers[1].tensors()
+        sliding = new_context(longest).layers[1].parts()["windows"]
         assert sum(tensor.nbytes for tensor in sliding) == 2 * WINDOW * token_bytes

@@ -88,6 +88,72 @@ HY3 = {
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 11158840.0},
 }
+DEEPSEEK_V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": False, "hidden_size": 2048,
+    "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512,
+    "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
+    "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0, "vocab_size": 102400, "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000, "torch_dtype": "bfloat16",
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707,
+        "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
+    },
+}
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "hidden_size": 7168,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512,
+    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "first_k_dense_replace": 3, "moe_layer_freq": 1, "n_routed_experts": 256,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "vocab_size": 129280,
+    "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000,
+    "torch_dtype": "bfloat16",
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+    },
+    "quantization_config": {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+}
+KIMI_K2 = DEEPSEEK_V3 | {
+    "model_type": "kimi_k2", "num_attention_heads": 64, "num_key_value_heads": 64,
+    "first_k_dense_replace": 1, "n_routed_experts": 384, "n_group": 1, "topk_group": 1,
+    "routed_scaling_factor": 2.827, "num_nextn_predict_layers": 0, "vocab_size": 163840,
+    "max_position_embeddings": 131072, "rope_theta": 50000.0,
+    "rope_scaling": {
+        "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+    },
+}
+MOONLIGHT = DEEPSEEK_V3 | {
+    "hidden_size": 2048, "intermediate_size": 11264, "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "q_lora_rank": None, "first_k_dense_replace": 1, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
+    "routed_scaling_factor": 2.446, "num_nextn_predict_layers": 0, "vocab_size": 163840,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 50000.0,
+    "rope_scaling": None, "quantization_config": None,
+}
+GLM_47_FLASH = {
+    "architectures": ["Glm4MoeLiteForCausalLM"], "attention_bias": False, "hidden_size": 2048,
+    "intermediate_size": 10240, "moe_intermediate_size": 1536, "num_hidden_layers": 47,
+    "num_attention_heads": 20, "num_key_value_heads": 20, "kv_lora_rank": 512,
+    "q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
+    "first_k_dense_replace": 1, "n_routed_experts": 64, "n_shared_experts": 1,
+    "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc",
+    "norm_topk_prob": True, "routed_scaling_factor": 1.8, "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 1.0, "vocab_size": 154880, "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5, "rope_theta": 1000000, "rope_scaling": None, "dtype": "bfloat16",
+    "eos_token_id": [154820, 154827, 154829],
+}
 
 PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "Mixtral-8x7B": (MIXTRAL_8X7B, 46.7),
@@ -100,4 +166,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "Hy3": (HY3, 295.0),
     "gpt-oss-20b": (GPT_OSS_20B, 20.9),
     "gpt-oss-120b": (GPT_OSS_120B, 116.8),
+    "DeepSeek-V2-Lite": (DEEPSEEK_V2_LITE, 15.7),
+    "DeepSeek-V3": (DEEPSEEK_V3, 671.0),
+    "Kimi-K2": (KIMI_K2, 1026.0),
+    "Moonlight-16B-A3B": (MOONLIGHT, 16.0),
+    "GLM-4.7-Flash": (GLM_47_FLASH, 29.9),
 }

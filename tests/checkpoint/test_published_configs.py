@@ -55,7 +55,10 @@ def test_it_is_built_and_planned_without_weights(name, one_rank):
     assert built == {name: packed_shape(slot) for name, slot in name_table(cut).items()}
     specs = pikv.resolve(layer_shapes(model))
     for layer, spec in enumerate(specs):
-        assert spec.kv.num_groups == config["num_key_value_heads"]
-        assert spec.kv.token_bytes == 2 * 2 * spec.kv.num_groups * architecture.head_dim
+        if "kv_lora_rank" in config:  # 576 numbers, in bfloat16
+            assert spec.kv.num_groups == 1 and spec.kv.token_bytes == 2 * 576
+        else:
+            assert spec.kv.num_groups == config["num_key_value_heads"]
+            assert spec.kv.token_bytes == 2 * 2 * spec.kv.num_groups * architecture.head_dim
         is_sliding = layer in architecture.sliding_layers
         assert spec.sliding_window == (architecture.sliding_window if is_sliding else None)

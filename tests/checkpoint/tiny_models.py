@@ -5,8 +5,14 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     HYV3Config,
@@ -107,8 +113,41 @@ def gpt_oss(**changes: Any) -> PreTrainedModel:
     )
 
 
+LATENT = dict(
+    num_key_value_heads=4, moe_intermediate_size=24, intermediate_size=40, n_routed_experts=8,
+    kv_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, rms_norm_eps=1e-5,
+)
 GROUPED = dict(n_group=4, topk_group=2, num_experts_per_tok=4)
-FAMILIES = (mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe, minimax_m2, hy_v3, gpt_oss)
+LATENT_YARN = dict(
+    rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64,
+    beta_fast=32.0, beta_slow=1.0, mscale=0.707, mscale_all_dim=0.9,
+)
+
+
+def deepseek_v2(**changes: Any) -> PreTrainedModel:
+    fields = dict(q_lora_rank=None, n_shared_experts=2, routed_scaling_factor=1.5)
+    return _model(
+        DeepseekV2ForCausalLM, DeepseekV2Config, changes, **LATENT, **fields,
+        rope_parameters=LATENT_YARN, first_k_dense_replace=1,
+    )
+
+
+def deepseek_v3(**changes: Any) -> PreTrainedModel:
+    return _model(
+        DeepseekV3ForCausalLM, DeepseekV3Config, changes, **LATENT, **GROUPED, q_lora_rank=14,
+        rope_parameters=LATENT_YARN, first_k_dense_replace=1,
+    )
+
+
+def glm4_moe_lite(**changes: Any) -> PreTrainedModel:
+    sizes = LATENT | dict(v_head_dim=24, q_lora_rank=14)
+    return _model(Glm4MoeLiteForCausalLM, Glm4MoeLiteConfig, changes, **sizes)
+
+
+FAMILIES = (
+    mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe, minimax_m2, hy_v3, gpt_oss, deepseek_v2,
+    deepseek_v3, glm4_moe_lite,
+)
 
 
 def save_all(root: Path) -> dict[str, torch.Tensor]:
@@ -131,6 +170,9 @@ def save_all(root: Path) -> dict[str, torch.Tensor]:
         "hy_fused": (
             hy_v3(mlp_layer_types=["sparse", "dense", "sparse"]), dict(save_original_format=False)
         ),
+        "deepseek_v2": (deepseek_v2(), {}),
+        "deepseek_v3_fused": (deepseek_v3(), dict(save_original_format=False)),
+        "glm4_lite": (glm4_moe_lite(mlp_layer_types=["sparse", "dense", "sparse"]), {}),
         "qwen3_biased_yarn": (
             qwen3_moe(attention_bias=True, rope_parameters=YARN | {"attention_factor": 1.4}), {}
         ),

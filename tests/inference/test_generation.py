@@ -171,7 +171,8 @@ def test_what_cannot_be_generated_is_refused(lm, prompts, settings, message):
 
 def test_the_report_counts_the_allocated_tensors(lm):
     lm.generate(PROMPTS, max_new_tokens=5)
-    tensors = [t for layer in lm.engine.context.layers.values() for t in layer.tensors()]
+    parts = [part for layer in lm.engine.context.layers.values() for part in layer.parts().values()]
+    tensors = [t for part in parts for t in part]
     assert lm.cache_report().allocated_bytes == sum(t.untyped_storage().nbytes() for t in tensors)
     assert lm.cache_report().num_decode_steps == 4
 
@@ -196,19 +197,23 @@ def test_every_rank_returns_the_whole_batch(ep, tp):
     assert all(all(flags) for flags in run_ranks(on_ranks, ep * tp, ep, tp, timeout=200))
 
 
-def different_prompts(tokens: list[int]) -> str:
+def different_prompts(prompts: list) -> str:
     with process_groups(expert_parallel_size=2, timeout_seconds=30) as pg:
         lm = PiKVForCausalLM(build(pg, PIKV), PIKV)
         try:
-            lm.generate([[tokens[pg.ep.rank()]]])
+            lm.generate([prompts[pg.ep.rank()]])
         except ValueError as error:
             return str(error)
         return ""
 
 
-@pytest.mark.parametrize("tokens", [[1, 2], [1, VOCAB]])  # the second is refused on its own, too
-def test_ranks_with_different_prompts_are_told(tokens):
-    assert all("same prompts" in message for message in run_ranks(different_prompts, 2, tokens))
+@pytest.mark.parametrize("prompts, message", [
+    ([[1], [2]], "same prompts"),
+    ([[1], [VOCAB]], "same prompts"),  # it is refused on its own, too
+    ([[1], "text"], "prompt 0 is 'text': encode texts"),
+])
+def test_ranks_with_different_prompts_are_told(prompts, message):
+    assert all(message in told for told in run_ranks(different_prompts, 2, prompts))
 
 
 def one_rank_fails() -> None:

@@ -57,6 +57,14 @@ def test_several_lists_and_splits(attention, device, payload, dtype):
     check(attention, CaseSpec(2, 2, 1, 4, 96, 80, dtype, lists), device)
 
 
+@pytest.mark.parametrize("payload", ["bfloat16", "int4", "float8"])
+@pytest.mark.parametrize("value_width", [128, 160])
+def test_latent_rows(attention, device, payload, value_width):
+    lists = (ListSpec(payload, 16, 20, 2, 1, True), ListSpec(payload, 64, 3, 1, 1))
+    spec = CaseSpec(2, 1, 1, 20, 160, value_width, torch.float32, lists, is_shared=True)
+    check(attention, spec, device)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's products")
 def test_padding_is_not_gone_through(attention, device, monkeypatch):
     """Tiles of 4 pages: 10 + 1 + 0 + 1 of them hold what four sequences read, not 4 * 10."""

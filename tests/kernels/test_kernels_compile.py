@@ -43,10 +43,12 @@ class Recorder:
         return lambda *args, **constants: self.launches.append((args, constants))
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("payload, dtype, capability", CASES)
-def test_attention_compiles(payload, dtype, capability, monkeypatch):
+def test_attention_compiles(payload, dtype, capability, is_shared, monkeypatch):
     lists = (ListSpec(payload, 16, 20, 2, 2, *[payload != "float32"] * 3),)
-    case = build(CaseSpec(2, 1, 2, 4, 80, 128, dtype, lists))
+    shape = (1, 128, 576, 512) if is_shared else (2, 4, 80, 128)
+    case = build(CaseSpec(2, 1, *shape, dtype, lists, is_shared=is_shared))
     recorders = Recorder(), Recorder()
     kernels = decode_attention.attend_split, merge_states._merge
     monkeypatch.setattr(decode_attention, "attend_split", recorders[0])

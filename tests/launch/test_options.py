@@ -109,8 +109,10 @@ def test_refuses_ranks_that_the_experts_cannot_fill(model, monkeypatch):
 
 
 def test_a_prompt_may_begin_with_a_dash_or_be_of_spaces(model):
-    options = parse(model, "--prompt", "-x", "--prompt", "--- a", "--prompt", "  ", "--stop", "->")
-    assert options.prompts == ["-x", "--- a", "  "] and options.stop_strings == ["->"]
+    prompts = ["-x", "--- a", "  ", "--"]
+    named = [part for prompt in prompts for part in ("--prompt", prompt)]
+    options = parse(model, *named, "--stop", "->", "--stop", "--", "--stop=--")
+    assert options.prompts == prompts and options.stop_strings == ["->", "--", "--"]
     assert options.prompt_ids[2] == options.tokenizer.encode("  ")
 
 

@@ -12,6 +12,7 @@ from pikv_megatron.types import (
     LowRankSketch,
     MeanKeySketch,
     PageSketch,
+    SharedRow,
 )
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -69,6 +70,7 @@ class PageSpec(NamedTuple):
     sketch: str
     dtype: torch.dtype
     seed: int
+    is_shared: bool = False  # values are columns of the keys
 
 
 def divisors(number: int) -> list[int]:
@@ -87,7 +89,7 @@ def page_specs(draw, page_sizes=(1, 3, 8, 12, 16, 63, 64, 500), max_groups=4) ->
         draw(widths), value_width, draw(st.sampled_from(divisors(page_size)[:4])),
         draw(st.sampled_from(divisors(value_width)[:4])), sketch,
         draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
-        draw(st.integers(0, 10**6)),
+        draw(st.integers(0, 10**6)), draw(st.integers(0, 3)) == 0,
     )
 
 
@@ -95,7 +97,7 @@ class SealCase(NamedTuple):
     """Inputs of `seal_page`; outputs are poisoned."""
 
     keys: torch.Tensor
-    values: torch.Tensor
+    values: torch.Tensor | None
     page: torch.Tensor
     residual: torch.Tensor
 
@@ -115,6 +117,8 @@ def seal_case(spec: PageSpec, num_pages: int, device="cpu") -> SealCase:
     page = torch.randperm(num_pages - 1, generator=rng)[: spec.num_items]
     page[1:2] = -1
     residual = torch.rand(spec.num_groups, spec.num_items, generator=rng)
+    if spec.is_shared:
+        buffers[1] = None
     return SealCase(*buffers, page.to(device), residual.to(device))
 
 
@@ -125,6 +129,10 @@ def empty_pages(
     heads, size = (spec.num_groups, num_pages), spec.page_size
     key, value = sides(spec.payload)
     keys = _empty_side(key, heads, size, spec.key_width, (spec.key_groups, spec.key_width), device)
+    if spec.is_shared:
+        fields = [None if pool is None else pool.view for pool in keys]
+        pages = KVPages(fields[0], None, *fields[1:], shared=SharedRow(size, spec.key_width))
+        return pages, [pool for pool in keys if pool is not None]
     values = _empty_side(value, heads, size, spec.value_width, (size, spec.value_groups), device)
     fields = [None if pool is None else pool.view for pool in (
         keys[0], values[0], *keys[1:], *values[1:]

@@ -49,12 +49,12 @@ def expand_pages(pages: KVPages) -> tuple[torch.Tensor, torch.Tensor]:
     key_tokens, channels = 1, 1
     if pages.key_scale is not None:
         key_tokens = pages.page_size // pages.key_scale.shape[2]
+    keys = expand(pages.keys, pages.key_scale, pages.key_zero, pages, (key_tokens, 1))
+    if pages.shared is not None:
+        return keys, keys[..., : pages.shared.value_width]
     if pages.value_scale is not None:
         channels = pages.values.shape[3] // pages.value_scale.shape[3]
-    return (
-        expand(pages.keys, pages.key_scale, pages.key_zero, pages, (key_tokens, 1)),
-        expand(pages.values, pages.value_scale, pages.value_zero, pages, (1, channels)),
-    )
+    return keys, expand(pages.values, pages.value_scale, pages.value_zero, pages, (1, channels))
 
 
 def is_read(page_list: PageList) -> torch.Tensor:

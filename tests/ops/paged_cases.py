@@ -7,7 +7,7 @@ import torch
 from oracle import is_read
 from payloads import PAYLOADS, PLAIN, bits_of, sides, together
 
-from pikv_megatron.types import KVPages, PageList
+from pikv_megatron.types import KVPages, PageList, SharedRow
 
 GUARD = 2
 
@@ -39,6 +39,7 @@ class CaseSpec(NamedTuple):
     dtype: torch.dtype
     lists: tuple[ListSpec, ...]
     seed: int = 0
+    is_shared: bool = False  # values are the first columns of the keys
 
 
 class Case(NamedTuple):
@@ -72,13 +73,14 @@ def list_specs(draw, value_width: int, max_tokens: int, payloads=PAYLOADS) -> Li
 def case_specs(draw, max_tokens: int, payloads=PAYLOADS) -> CaseSpec:
     group = draw(st.integers(1, 16))
     widths = st.sampled_from([16, 48, 63, 64, 80, 96, 128, 256])
-    value_width = draw(widths)
+    value_width, key_width = draw(widths), draw(widths)
     lists = st.lists(list_specs(value_width, max_tokens, payloads), min_size=1, max_size=3)
     return CaseSpec(
         draw(st.integers(0, 3)), draw(st.integers(1, 3)),
-        draw(st.integers(1, 4)), group, draw(widths), value_width,
+        draw(st.integers(1, 4)), group, key_width, value_width,
         draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
         tuple(draw(lists)), draw(st.integers(0, 10**6)),
+        value_width <= key_width and draw(st.booleans()),
     )
 
 
@@ -116,7 +118,9 @@ def _page_list(spec, each: ListSpec, rng, allocations, device) -> PageList:
     used = torch.zeros(num_pages, size, dtype=torch.bool)
     used.index_put_((table[..., None], torch.arange(size)), read, accumulate=True)
     pages = _pages(spec, each, used, rng)
-    pages = KVPages(*[_guarded(x, allocations, device) for x in pages])
+    pages = KVPages(
+        *[_guarded(x, allocations, device) for x in pages[:-1]], shared=pages.shared
+    )
     table, lens, mask, bias = (x if x is None else x.to(device) for x in (table, lens, mask, bias))
     return PageList(pages, table, lens, mask, bias)
 
@@ -134,6 +138,9 @@ def _pages(spec: CaseSpec, each: ListSpec, used: torch.Tensor, rng) -> KVPages:
         key, (spec.num_groups, num_pages, size, spec.key_width),
         (each.key_groups, spec.key_width), used, groups, rng,
     )
+    if spec.is_shared:
+        row = SharedRow(size, spec.value_width)
+        return KVPages(keys[0], None, *keys[1:], None, None, multiplicity, row)
     values = _side(
         value, (spec.num_groups, num_pages, size, spec.value_width), (size, each.value_groups),
         used, used, rng,

@@ -53,6 +53,12 @@ def test_every_token_lands_in_its_place(case):
     check(append_kv, case)
 
 
+def test_keys_can_come_alone():
+    keys, pool = torch.ones(2, 1, 3), torch.zeros(2, 2, 4, 3)
+    append_kv(keys, None, pool, None, torch.tensor([0]), torch.tensor([2]))
+    assert pool[:, 0, 2].eq(1).all() and pool.sum() == keys.sum()
+
+
 def test_heads_keep_their_tokens():
     keys = torch.arange(4.0).view(2, 2, 1)
     pool_keys, pool_values = torch.zeros(2, 2, 2, 2, 1)

@@ -42,6 +42,12 @@ def test_many_pages(payload, dtype):
     check(CaseSpec(2, 2, 4, 4, 128, 128, dtype, lists))
 
 
+@pytest.mark.parametrize("payload", ["float32", "bfloat16", "float8", "int4", "int3"])
+def test_latent_rows_of_many_heads(payload):
+    lists = (ListSpec(payload, 16, 30, 2, 1), ListSpec(payload, 64, 4, 1, 1, is_full=True))
+    check(CaseSpec(2, 1, 1, 40, 576, 512, torch.float32, lists, is_shared=True))
+
+
 def test_nothing_listed_is_an_empty_state():
     lists = (ListSpec("float32", 4, 0, 1, 1), ListSpec("int4", 8, 0, 1, 1))
     check(CaseSpec(2, 1, 2, 2, 16, 48, torch.bfloat16, lists))

@@ -40,6 +40,8 @@ def test_every_payload_and_sketch(spec):
         expand_pages(pages), (case.keys, case.values), half_scales(pages, spec),
         sides(spec.payload), strict=True,
     ):
+        if x is None:  # columns of the keys, all of them
+            continue
         x, stored = x.double()[:, is_kept], stored[:, named]
         slack = x.abs() * (RELATIVE.get(side, 0) + 2.0**-20) + 1e-7
         assert ((stored - x).abs() <= error[:, named] * (1 + 2.0**-10) + slack).all()

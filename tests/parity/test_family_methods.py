@@ -6,7 +6,7 @@ import pytest
 import torch
 from parity_models import cached_logits
 from ranks import run_ranks
-from tiny_models import VOCAB_SIZE, glm4_moe, gpt_oss, mixtral
+from tiny_models import VOCAB_SIZE, deepseek_v3, glm4_moe, gpt_oss, mixtral
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext, pikv_layer_spec, process_groups
 from pikv_megatron.checkpoint.huggingface import load_huggingface
@@ -19,7 +19,7 @@ METHODS = {
     "retention": {"retention": "h2o", "budget": {"name": "share", "keep": 0.5}},
     "int4": {"codec": {"format": "int4"}},
 }
-MODELS = {make.__name__: make for make in (mixtral, glm4_moe, gpt_oss)}
+MODELS = {make.__name__: make for make in (mixtral, glm4_moe, gpt_oss, deepseek_v3)}
 LENS, NUM_FED = (120, 90), 24
 # Random heads look about more or less widely, and so lose more or less.
 SAME = 1.5

@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from parity_models import VOCAB, build, cached_logits, config, plain_logits
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext, pikv_layer_spec
+from pikv_megatron.transformer.latent_attention import PiKVLatentAttention
 
 PIKV = PiKVConfig(shard_after=0, page_size=4, window=3, num_sinks=1, flush_interval=2)
 
@@ -110,10 +111,17 @@ def test_the_given_spec_is_left_alone(one_rank):
     assert (spec.module, spec.submodules.self_attention.module) == before
 
 
-def test_latent_attention_is_refused():
-    spec = get_gpt_layer_local_spec(num_experts=8, multi_latent_attention=True)
-    with pytest.raises(ValueError, match="MLASelfAttention"):
+def test_unknown_attention_is_refused():
+    spec = get_gpt_layer_local_spec(num_experts=8)
+    spec.submodules.self_attention.module = torch.nn.Identity
+    with pytest.raises(ValueError, match="Identity.*SelfAttention and MLASelfAttention"):
         pikv_layer_spec(spec, PIKV)
+
+
+def test_latent_attention_is_swapped():
+    spec = get_gpt_layer_local_spec(num_experts=8, multi_latent_attention=True)
+    swapped = pikv_layer_spec(spec, PIKV)
+    assert swapped.submodules.self_attention.module is PiKVLatentAttention
 
 
 def test_something_else_than_a_layer_is_refused():

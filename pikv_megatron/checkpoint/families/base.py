@@ -45,6 +45,8 @@ class Family(ABC):
         name: `model_type`.
         class_name: of the model, in `architectures`.
         defaults: of fields that a file may leave out, as transformers fills them in.
+        other_names: of models of the same shape, in either field.
+        is_latent: whether heads share a latent, and have no groups and no width of their own.
         rotary_base: where neither of a file's spellings gives it.
         has_partial_rotary: whether the family rotates a part of each head.
         has_prediction_layers: whether layers behind the last one, for predicting several tokens at
@@ -55,6 +57,8 @@ class Family(ABC):
     name: ClassVar[str]
     class_name: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]]
+    other_names: ClassVar[tuple[str, ...]] = ()
+    is_latent: ClassVar[bool] = False
     rotary_base: ClassVar[float] = 1e4
     has_partial_rotary: ClassVar[bool] = False
     has_prediction_layers: ClassVar[bool] = False
@@ -109,8 +113,8 @@ def sigmoid_router(fields: ConfigFields, scaling_factor: str | None = None) -> d
     }
 
 
-def expert_groups(fields: ConfigFields) -> dict[str, int | None]:
-    """Groups of experts, of which a token chooses the best by their two best experts.
+def expert_groups(fields: ConfigFields, best: int = 2) -> dict[str, int | None]:
+    """Groups of experts, of which a token chooses some by the sum of their `best` best experts.
 
     Raises:
         ValueError: Megatron-Core would judge groups by another number of experts.
@@ -119,12 +123,33 @@ def expert_groups(fields: ConfigFields) -> dict[str, int | None]:
     if groups == 1:
         return {"moe_router_num_groups": None, "moe_router_group_topk": None}
     judged_by = fields.integer("num_experts_per_tok") // chosen
-    if judged_by != 2:
+    if judged_by != best:
         raise ValueError(
             f"topk_group = {chosen} is not supported: Megatron-Core judges a group by its "
-            f"num_experts_per_tok // topk_group = {judged_by} best experts, the model by 2"
+            f"num_experts_per_tok // topk_group = {judged_by} best experts, the model by {best}"
         )
     return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+
+
+def listed_dense_layers(fields: ConfigFields) -> dict[str, Any]:
+    """Layers that `mlp_layer_types` calls dense; without it, the first one.
+
+    Raises:
+        ValueError: it does not name a kind for every layer.
+    """
+    kinds, count = fields.get("mlp_layer_types"), fields.integer("num_hidden_layers")
+    if kinds is None:
+        dense = (0,)
+    elif not isinstance(kinds, list) or len(kinds) != count or {*kinds} - {"dense", "sparse"}:
+        raise ValueError(
+            f"mlp_layer_types = {kinds!r}: expected 'dense' or 'sparse' for each of {count} layers"
+        )
+    else:
+        dense = tuple(layer for layer, kind in enumerate(kinds) if kind == "dense")
+    return {
+        "dense_layers": dense,
+        "ffn_hidden_size": fields.integer("intermediate_size") if dense else None,
+    }
 
 
 def leading_dense_layers(fields: ConfigFields) -> dict[str, Any]:
@@ -183,6 +208,11 @@ def written_stepped_experts(architecture: "Architecture") -> dict[str, Any]:
         "use_sliding_window": architecture.sliding_window is not None,
         "sliding_window": architecture.sliding_window,
     }
+
+
+def written_mlp_layer_types(architecture: "Architecture") -> list[str]:
+    """What `listed_dense_layers` reads."""
+    return ["sparse" if is_moe else "dense" for is_moe in architecture.is_moe_layer]
 
 
 def written_layer_types(architecture: "Architecture") -> list[str]:

@@ -1,6 +1,11 @@
 """gpt-oss: a sink logit a head, every other layer a sliding window, biases, clamped SwiGLU."""
 
-from pikv_megatron.checkpoint.families.base import Family, TensorNames, sliding_layers
+from pikv_megatron.checkpoint.families.base import (
+    Family,
+    TensorNames,
+    sliding_layers,
+    written_layer_types,
+)
 
 YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -49,4 +54,12 @@ class GptOss(Family):
         fields.refuse("swiglu_alpha", ALPHA, f"Megatron-Core's quick GELU has {ALPHA}")
 
     def write(self, architecture):
-        raise ValueError("family = 'gpt_oss' cannot be written: its experts are stored transposed")
+        return {
+            "num_local_experts": architecture.num_experts,
+            "intermediate_size": architecture.moe_ffn_hidden_size,
+            "sliding_window": architecture.sliding_window,
+            "layer_types": written_layer_types(architecture),
+            "attention_bias": True,
+            "swiglu_alpha": ALPHA,
+            "swiglu_limit": architecture.activation_limit,
+        }

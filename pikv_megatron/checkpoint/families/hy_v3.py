@@ -4,7 +4,9 @@ from pikv_megatron.checkpoint.families.base import (
     Family,
     TensorNames,
     attention_biases,
+    listed_dense_layers,
     sigmoid_router,
+    written_mlp_layer_types,
     written_widths,
 )
 
@@ -33,14 +35,13 @@ class HYV3(Family):
         return {"qk_layernorm": "head", **attention_biases(fields)}
 
     def experts(self, fields):
-        width, dense = fields.integer("moe_intermediate_size"), self._dense_layers(fields)
+        width = fields.integer("moe_intermediate_size")
         return {
             "num_experts": fields.integer("num_experts", "num_local_experts"),
             "moe_ffn_hidden_size": width,
             "moe_shared_expert_intermediate_size": width * fields.integer("num_shared_experts"),
             **sigmoid_router(fields, "router_scaling_factor"),
-            "dense_layers": dense,
-            "ffn_hidden_size": fields.integer("intermediate_size") if dense else None,
+            **listed_dense_layers(fields),
         }
 
     def refuse_unsupported(self, fields):
@@ -53,19 +54,6 @@ class HYV3(Family):
             **written_widths(architecture),
             "num_shared_experts": (architecture.moe_shared_expert_intermediate_size or 0) // width,
             "router_scaling_factor": architecture.moe_router_topk_scaling_factor,
-            "mlp_layer_types": [
-                "sparse" if is_moe else "dense" for is_moe in architecture.is_moe_layer
-            ],
+            "mlp_layer_types": written_mlp_layer_types(architecture),
             "attention_bias": architecture.qkv_bias,
         }
-
-    def _dense_layers(self, fields):
-        kinds, count = fields.get("mlp_layer_types"), fields.integer("num_hidden_layers")
-        if kinds is None:
-            return (0,)
-        if not isinstance(kinds, list) or len(kinds) != count or {*kinds} - {"dense", "sparse"}:
-            raise ValueError(
-                f"mlp_layer_types = {kinds!r}: expected 'dense' or 'sparse' for each of {count} "
-                "layers"
-            )
-        return tuple(layer for layer, kind in enumerate(kinds) if kind == "dense")

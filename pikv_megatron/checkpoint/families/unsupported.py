@@ -1,6 +1,5 @@
 """Models that people ask for and that do not load yet, with what each of them needs."""
 
-LATENT = "latent attention (MLA): one row of latent and rotary key a token, decoded absorbed"
 HYBRID = "linear attention (a recurrent state in place of keys and values) in some layers"
 INDEXER = "latent attention (MLA) whose tokens a learned indexer chooses"
 CHUNKED = "chunked attention, and layers without rotary embeddings among the others"
@@ -8,11 +7,7 @@ OWN_NAMES = "an import of its own tensor names (fused query_key_value), to be te
 
 # By the name of the model's class, and by model_type.
 UNSUPPORTED = {
-    "DeepseekV2ForCausalLM": LATENT,
-    "DeepseekV3ForCausalLM": LATENT,
     "DeepseekV32ForCausalLM": INDEXER,
-    "KimiK2ForCausalLM": LATENT,
-    "Glm4MoeLiteForCausalLM": LATENT,
     "GlmMoeDsaForCausalLM": INDEXER,
     "KimiLinearForCausalLM": HYBRID,
     "Qwen3NextForCausalLM": HYBRID,
@@ -23,11 +18,7 @@ UNSUPPORTED = {
     "BailingMoeV2ForCausalLM": OWN_NAMES,
     "Llama4ForCausalLM": CHUNKED,
     "Llama4ForConditionalGeneration": CHUNKED,
-    "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
     "deepseek_v32": INDEXER,
-    "kimi_k2": LATENT,
-    "glm4_moe_lite": LATENT,
     "glm_moe_dsa": INDEXER,
     "kimi_linear": HYBRID,
     "qwen3_next": HYBRID,

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pikv_megatron.options import Options
-from pikv_megatron.types import KVPages, KVShape
+from pikv_megatron.types import KVPages, KVShape, SharedRow
 
 
 class Packed(NamedTuple):
@@ -44,6 +44,9 @@ class FormatOptions(Options):
     def allocate(self, kv: KVShape, num_pages: int, page_size: int) -> KVPages:
         """An empty pool; `kv` has the stored widths."""
         keys = self.packed_keys(kv, num_pages, page_size)
+        if kv.values_in_keys:
+            row = SharedRow(page_size, kv.value_width)
+            return KVPages(keys.numbers, None, *keys[1:], shared=row)
         values = self.packed_values(kv, num_pages, page_size)
         return KVPages(keys.numbers, values.numbers, *keys[1:], *values[1:])
 

@@ -57,6 +57,13 @@ class LinearOptions(TransformOptions):
 
     def build(self, kv, num_slots, moments=None):
         keys, values = (None, None) if moments is None else moments
+        if kv.values_in_keys:
+            if self.value_rank is not None:
+                raise ValueError(
+                    f"codec.transform.value_rank {self.value_rank}: the values of latent attention "
+                    "are columns of its keys and stored with them; set rank alone"
+                )
+            return SharedLinearTransform(self.row_map(kv, num_slots, keys), kv.value_width)
         return LinearTransform(
             self.key_map(kv, num_slots, keys), self.value_map(kv, num_slots, values)
         )
@@ -71,6 +78,11 @@ class LinearOptions(TransformOptions):
         wanted = self.value_rank or self.rank or max(1, kv.value_width // 2)
         rank = _checked("value_rank", wanted, kv.value_width)
         return LinearMap(kv, kv.value_width, rank, num_slots, self, self.fit_values, moments)
+
+    def row_map(self, kv: KVShape, num_slots: int, moments: Moments | None) -> "LinearMap":
+        """The map of rows whose first columns are values: RoPE turns few of the others."""
+        rank = _checked("rank", self.rank or max(1, kv.key_width // 2), kv.key_width)
+        return LinearMap(kv, kv.key_width, rank, num_slots, self, self.fit_values, moments)
 
     @abstractmethod
     def fit_keys(self, moments: Moments, rank: int) -> Factors:
@@ -158,6 +170,20 @@ class LinearMap:
         shift = factors.shift.transpose(0, 1).unsqueeze(2)
         return torch.matmul(x.float(), factors.inverse.transpose(0, 1)) + shift
 
+    def absorb(self, query: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Query [n, sq, np, w] -> [n, sq, np, r] and what is added to its logits [n, sq, np]."""
+        factors = self.factors(slots)
+        heads = _by_group(query, self.num_groups)
+        bias = torch.matmul(heads, factors.shift.unsqueeze(3))
+        inner = torch.matmul(heads, factors.inverse.transpose(2, 3))
+        return _by_head(inner, query), _by_head(bias, query).squeeze(3)
+
+    def emit(self, out: Tensor, slots: Tensor) -> Tensor:
+        """Output over encoded rows [n, sq, np, r] -> [n, sq, np, w]."""
+        factors = self.factors(slots)
+        full = torch.matmul(_by_group(out, self.num_groups), factors.inverse)
+        return _by_head(full + factors.shift.unsqueeze(2), out).to(out.dtype)
+
     def _keep(self, index: int, factors: Factors) -> None:
         for kept, new in zip(self._factors, factors):
             if kept is not None:
@@ -195,19 +221,52 @@ class LinearTransform(KVTransform):
         return self._keys.decode(keys, slots), self._values.decode(values, slots)
 
     def absorb(self, query, slots):
-        factors = self._keys.factors(slots)
-        heads = _by_group(query, self._keys.num_groups)
-        bias = torch.matmul(heads, factors.shift.unsqueeze(3))
-        inner = torch.matmul(heads, factors.inverse.transpose(2, 3))
-        return _by_head(inner, query), _by_head(bias, query).squeeze(3)
+        return self._keys.absorb(query, slots)
 
     def emit(self, out, slots):
-        factors = self._values.factors(slots)
-        full = torch.matmul(_by_group(out, self._values.num_groups), factors.inverse)
-        return _by_head(full + factors.shift.unsqueeze(2), out).to(out.dtype)
+        return self._values.emit(out, slots)
 
     def tensors(self):
         return self._keys.tensors() + self._values.tensors()
+
+
+class SharedLinearTransform(KVTransform):
+    """One map of rows whose first columns are the values.
+
+    The whole stored row is the value: the output over it is mapped back, and cut.
+    """
+
+    learns = True
+
+    def __init__(self, rows: LinearMap, value_width: int):
+        self.key_width = self.value_width = rows.rank
+        self._rows, self._width = rows, value_width
+
+    def is_fitted(self, slot):
+        return self._rows.is_fitted(slot)
+
+    def fit(self, slot, keys, values):
+        self._rows.fit(slot, keys)
+
+    def forget(self, slot):
+        self._rows.forget(slot)
+
+    def encode(self, keys, values, slots):
+        rows = self._rows.encode(keys, slots)
+        return rows, rows
+
+    def decode(self, keys, values, slots):
+        rows = self._rows.decode(keys, slots)
+        return rows, rows[..., : self._width]
+
+    def absorb(self, query, slots):
+        return self._rows.absorb(query, slots)
+
+    def emit(self, out, slots):
+        return self._rows.emit(out, slots)[..., : self._width]
+
+    def tensors(self):
+        return self._rows.tensors()
 
 
 def _by_group(x: Tensor, num_groups: int) -> Tensor:

@@ -33,7 +33,7 @@ class PageCounter:
     def __init__(self, context: PiKVInferenceContext):
         layers = list(context.layers.values())
         self._context, self._num_layers = context, len(layers)
-        self._device = layers[0].tensors()[0].device
+        self._device = layers[0].spec.kv.device
         # A layer with a sliding window has no pages: its counts stay 0.
         self._layers = {i: x for i, x in enumerate(layers) if isinstance(x, LayerCache)}
         self.is_on = False
@@ -93,7 +93,7 @@ class PageCounter:
 def page_bytes(layer: LayerCache) -> int:
     """Of keys and values of one page as they are stored, scales included."""
     pool = layer.store.pool
-    return sum(t.nbytes for t in pool.kv if t is not None) // len(pool.position)
+    return sum(t.nbytes for t in pool.kv if isinstance(t, torch.Tensor)) // len(pool.position)
 
 
 def _sketch_bytes(layer: LayerCache) -> int:
