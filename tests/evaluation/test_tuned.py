@@ -1,8 +1,7 @@
-"""What is tuned to the demo model keeps what it promises, on one rank and on two."""
+"""What is tuned to the demo model keeps what it promises, on two ranks."""
 
 from pathlib import Path
 
-import pytest
 import torch
 from ranks import run_ranks
 
@@ -34,9 +33,8 @@ def evaluate(num_ranks: int) -> list[Figures]:
         return [evaluator.run(parts, p, reference, lambda: None) for p in (lossless(pikv), pikv)]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_balanced_keeps_a_sixth_and_recalls(num_ranks):
-    """On two ranks each has half of it."""
-    whole, tuned = run_ranks(evaluate, num_ranks, num_ranks)[0]
-    assert tuned.held_share * num_ranks <= 1 / 6
+def test_balanced_keeps_a_twelfth_a_rank_and_recalls():
+    """A sixth in all, of which each rank has half."""
+    whole, tuned = run_ranks(evaluate, 2, 2, timeout=240)[0]
+    assert tuned.held_share <= 1 / 12
     assert whole.accuracy >= 0.95 and tuned.accuracy >= whole.accuracy - 0.02
