@@ -1,4 +1,4 @@
-"""Parts of an attention: how they travel and how they are merged (FlashAttention, arXiv 2205.14135).
+"""Parts of an attention: how they travel, and how they are merged (arXiv 2205.14135).
 
 Legend: n sequences, sq query tokens, np query heads, w width of an output, G ranks.
 """

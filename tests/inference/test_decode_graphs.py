@@ -20,7 +20,8 @@ METHODS = [
     {},
     {"sketch": "bounding_box", "selector": {"name": "budget", "share": 0.5, "tail": "mean"}},
     {"sketch": "mean_key", "selector": {"name": "mass", "share": 0.9}},
-    {"codec": {"format": "int4"}, "retention": "streaming", "budget": {"name": "pages", "pages": 9}},
+    {"codec": {"format": "int4"}, "retention": "streaming",
+     "budget": {"name": "pages", "pages": 9}},
 ]
 REQUESTS = [Request(list(range(1, 40)), 40), Request([7] * 11, 30), Request([5, 3], 24)]
 
