@@ -89,6 +89,11 @@ class KVPages(_PageTensors):
         """A kernel may note addresses in the instance's dict, which are of this process."""
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [part for part in self if isinstance(part, Tensor)]
+
+    @property
     def page_size(self) -> int:
         """S."""
         if self.shared is not None:

@@ -3,7 +3,7 @@
 import torch
 
 from pikv_megatron.cache.free_list import FreeList
-from pikv_megatron.cache.widen import growth_bytes, widen, widen_fields
+from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.types import KVPages
 
@@ -52,6 +52,18 @@ class PagePool:
             self.score = widen(self.score, missing, 0)
         return missing
 
+    def compact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give back the memory of free pages; see `FreeList.compact` for what is returned."""
+        kept, number = self.free.compact()
+        self.kv = narrow_fields(self.kv, kept)
+        self.position = narrow(self.position, kept, 0)
+        self.shard = narrow(self.shard, kept, 0)
+        if self.earlier_shards is not None:
+            self.earlier_shards = narrow(self.earlier_shards, kept, 0)
+        if self.score is not None:
+            self.score = narrow(self.score, kept, 0)
+        return kept, number
+
     def growth_bytes(self, count: int) -> int:
         """What `reserve` would allocate."""
         missing = self.free.missing(count)
@@ -63,11 +75,10 @@ class PagePool:
         return [t for t in self._described() if t is not None] + self.free.tensors()
 
     def tensors(self) -> list[torch.Tensor]:
-        return [t for t in self.kv if t is not None] + self.metadata()
+        return self.kv.tensors + self.metadata()
 
     def _by_page(self) -> list[torch.Tensor | None]:
-        stored = [t for t in self.kv if isinstance(t, torch.Tensor)]
-        return stored + self._described()
+        return [*self.kv.tensors, *self._described()]
 
     def _described(self) -> list[torch.Tensor | None]:
         return [self.position, self.shard, self.earlier_shards, self.score]

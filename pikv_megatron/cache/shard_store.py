@@ -85,6 +85,14 @@ class ShardStore:
         if grown and self.statistics is not None:
             self.statistics.widen(grown)
 
+    def compact(self) -> None:
+        """Give back the memory of free pages."""
+        self._lists.clear()
+        kept, number = self.pool.compact()
+        self.table.renumber(number)
+        if self.statistics is not None:
+            self.statistics.compact(kept, number)
+
     def growth_bytes(self, num_pages: int) -> int:
         """What `reserve` would allocate."""
         own = self.pool.growth_bytes(num_pages)
@@ -242,7 +250,7 @@ class ShardStore:
     def parts(self) -> dict[str, list[torch.Tensor]]:
         """All tensors, by what they are for."""
         return {
-            "pages": [t for t in self.pool.kv if t is not None],
+            "pages": self.pool.kv.tensors,
             "codecs": self._codec.tensors(),
             "buffers": list(self.buffers.tensors.values()),
             "tables": self.table.tensors() + self.ledger.tensors() + self.pool.metadata(),

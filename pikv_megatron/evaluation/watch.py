@@ -155,7 +155,7 @@ def _spread(task: Task) -> set[int]:
 
 
 def _numbers(kv: KVShape) -> int:
-    return kv.num_groups * (kv.key_width + kv.value_width)
+    return sum(num_groups * width for num_groups, width in kv.heads.values())
 
 
 def _shares(part: Tensor, whole: Tensor) -> list[float]:

@@ -52,6 +52,10 @@ class PiKVSelfAttention(CachedAttention, SelfAttention):
             prompts.append(LayerPrompt(self, *parts, row.past, table))
         return prompts
 
+    def value_outputs(self):
+        groups = self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head
+        return self.linear_proj.weight.T.unflatten(0, groups)
+
     def _project(self, hidden_states, rotary_pos_emb, plan):
         """Query [t, np, hn], key and value [t, ng, hn] of the step's tokens, rotated."""
         rotation = self._rotation(rotary_pos_emb, plan, hidden_states.dtype)
