@@ -81,7 +81,8 @@ class PiKVPress(BasePress):
     ) -> tuple[Tensor, Tensor]:
         """Of one sequence, [np or ng, t, w] each: keys and values [ng, t', w] by position."""
         length = keys.shape[1]
-        context = PiKVInferenceContext(1, length, self.pikv, [spec])
+        longest = self.pikv.max_sequence_length or length
+        context = PiKVInferenceContext(1, longest, self.pikv, [spec])
         sequence, layer = context.start(0), context.layers[spec.number]
         context.reserve([(sequence, length)])
         tokens = (x.transpose(0, 1) for x in (query, keys, values))

@@ -1,0 +1,79 @@
+"""The comparison as a table, and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from pikv_megatron.benchmarks.kvpress.options import CompareOptions
+from pikv_megatron.benchmarks.kvpress.trial import Score
+from pikv_megatron.runtime.machine import machine
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contestant at one budget.
+
+    Attributes:
+        name: of the contestant.
+        budget: share of the bytes as computed; 1: nothing was compressed.
+        keep: share of the tokens, or of the pages, that stay.
+        scores: by task.
+    """
+
+    name: str
+    budget: float
+    keep: float
+    scores: dict[str, Score]
+
+    @property
+    def held_share(self) -> float:
+        """Bytes really held over those as computed, metadata included."""
+        held, dense = (
+            sum(getattr(score, name) for score in self.scores.values())
+            for name in ("held_bytes", "dense_bytes")
+        )
+        return held / dense
+
+    def accuracy(self, task: str) -> float:
+        return self.scores[task].num_right / max(1, self.scores[task].num_answers)
+
+    @property
+    def average(self) -> float:
+        """Over tasks."""
+        return mean(map(self.accuracy, self.scores))
+
+
+def report_table(options: CompareOptions, results: Sequence[Result]) -> Table:
+    """A row for each contestant and budget, the cache as computed first."""
+    table = Table(title=f"{options.length} tokens; answers right, %", box=SIMPLE_HEAD)
+    table.add_column("cache", no_wrap=True)
+    for column in ("budget", "held", "kept", *options.tasks, "average"):
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(
+            result.name, f"{result.budget:g}", f"{result.held_share:.3f}", f"{result.keep:.3f}",
+            *(f"{100 * result.accuracy(task):.1f}" for task in options.tasks),
+            f"{100 * result.average:.1f}",
+        )
+    return table
+
+
+def report_json(
+    options: CompareOptions, results: Sequence[Result], command: str
+) -> dict[str, Any]:
+    """Every figure, and what is needed to measure it again."""
+    return {
+        "command": command,
+        "machine": machine(),
+        "model": options.architecture.model_dump(mode="json"),
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "length": options.length,
+        "results": [
+            asdict(result) | {"held_share": result.held_share, "average": result.average}
+            for result in results
+        ],
+    }

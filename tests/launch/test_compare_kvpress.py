@@ -1,0 +1,43 @@
+"""The comparison with kvpress, end to end, on a tiny model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_packaging import ROOT
+from tiny_directory import save_tiny_mixtral
+
+from pikv_megatron.benchmarks.kvpress.options import parse_options
+
+PROGRAM = ROOT / "launch/compare_kvpress.py"
+
+
+def test_every_contestant_keeps_its_budget(tmp_path):
+    pytest.importorskip("kvpress", reason="the extra `kvpress` is not installed")
+    save_tiny_mixtral(tmp_path)
+    output = tmp_path / "results.json"
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--model", tmp_path, "--tasks", "recall", "--length", "256",
+         "--samples", "1", "--budgets", "0.75", "--output", output],
+        capture_output=True, text=True, timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())["results"]
+    first, *others = results
+    assert first["name"] == "as computed" and first["held_share"] == 1.0
+    names = {result["name"] for result in others}
+    assert {"kvpress SnapKV", "kvpress KVzip", "kvpress StreamingLLM"} < names
+    assert sum(name.startswith("pikv") for name in names) > 2
+    assert all(0 < result["held_share"] < 0.76 for result in others)
+    assert all(name in done.stdout for name in names)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--tasks", "nothing"], "--tasks nothing is unknown"),
+    (["--budgets", "2"], "--budgets 2.0 must lie between 0 and 1"),
+])
+def test_wrong_options_are_named(tmp_path, arguments, message):
+    save_tiny_mixtral(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        parse_options(["--model", str(tmp_path), *arguments])
