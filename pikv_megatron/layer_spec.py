@@ -15,12 +15,15 @@ class LayerShape(NamedTuple):
         num_heads: np, query heads.
         softmax_scale: factor on the logits.
         sliding_window: tokens that a query sees, its own included; None: all of them.
+        sent_widths: numbers of a head's query and of its result as they travel to an owner and
+            back; None: the widths of keys and values.
     """
 
     kv: KVShape
     num_heads: int
     softmax_scale: float
     sliding_window: int | None = None
+    sent_widths: tuple[int, int] | None = None
 
 
 class LayerSpec(NamedTuple):
@@ -32,6 +35,8 @@ class LayerSpec(NamedTuple):
         num_heads: np, query heads.
         softmax_scale: factor on the logits.
         sliding_window: tokens that a query sees, its own included; None: all of them.
+        sent_widths: numbers of a head's query and of its result as they travel to an owner and
+            back; None: the widths of keys and values.
         options: what is chosen for this layer.
         moments: of its keys and values, where they were calibrated.
     """
@@ -41,5 +46,6 @@ class LayerSpec(NamedTuple):
     num_heads: int
     softmax_scale: float
     sliding_window: int | None
+    sent_widths: tuple[int, int] | None
     options: LayerOptions
     moments: KVMoments | None = None

@@ -89,6 +89,11 @@ class KVPages(_PageTensors):
         """A kernel may note addresses in the instance's dict, which are of this process."""
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [part for part in self if isinstance(part, Tensor)]
+
+    @property
     def page_size(self) -> int:
         """S."""
         if self.shared is not None:
@@ -274,6 +279,7 @@ class PageStats(NamedTuple):
         last_used: [r, m], int64, when a query last used it, see `RetentionOptions.use_threshold`;
             -1: never.
         uses: [r, m], float32, queries that used it.
+        score: [r, m], float32, mean score of its tokens; inf where any came without one.
     """
 
     is_page: Tensor
@@ -284,6 +290,7 @@ class PageStats(NamedTuple):
     observed: Tensor | None = None
     last_used: Tensor | None = None
     uses: Tensor | None = None
+    score: Tensor | None = None
 
     @property
     def own_shard(self) -> Tensor:

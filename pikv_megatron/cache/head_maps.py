@@ -16,6 +16,15 @@ from pikv_megatron.ops.project import project
 from pikv_megatron.types import AttentionState
 
 
+def sent_widths(query: int, rotated: int, rank: int, value: int) -> tuple[int, int]:
+    """Numbers of a head's query and result as they travel, from w_n, w_r, r and w_v.
+
+    Example:
+        DeepSeek-V3, 128, 64, 512 and 128: a query of 192 numbers, not 576, a result of 128.
+    """
+    return min(query, rank) + rotated, min(rank, value)
+
+
 class HeadMaps:
     """Grouped attention: nothing is mapped."""
 

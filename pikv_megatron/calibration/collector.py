@@ -61,16 +61,15 @@ class _LayerSums:
         num_queries = count * self._group_size(key_sum.shape[0])
         return KVMoments(
             _moments(count, key_sum, key_second, query_second / num_queries),
-            _moments(count, value_sum, value_second, self._output_metric(*value_sum.shape)),
+            _moments(count, value_sum, value_second, self._output_metric()),
         )
 
     def _group_size(self, num_groups: int) -> int:
         return self._attention.num_attention_heads_per_partition // num_groups
 
-    def _output_metric(self, num_groups: int, width: int) -> Tensor:
+    def _output_metric(self) -> Tensor:
         """[ng, hn, hn], W_o W_o^T summed over the heads that read a KV head's values."""
-        weight = self._attention.linear_proj.weight.detach().double()  # [h, np * hn]
-        heads = weight.T.unflatten(0, (num_groups, -1, width))
+        heads = self._attention.value_outputs().detach().double()  # [ng, g, hn, h]
         return torch.einsum("ngwh,ngvh->nwv", heads, heads)
 
 

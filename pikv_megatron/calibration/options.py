@@ -67,6 +67,11 @@ def parse_allocation(argv: Sequence[str]) -> CalibrateOptions:
     options = replace(_options(args), pikv=read_cache(args.pikv), budget=args.bytes)
     if options.pikv.layers:
         raise ValueError(f"--pikv {args.pikv}: layers are to be chosen; leave them out")
+    if options.architecture.latent_attention is not None:
+        raise ValueError(
+            f"--model {args.model}: latent attention stores values with the keys, and the menu has "
+            "both apart; choose codec.format, and codec.transform.rank, yourself"
+        )
     return options
 
 

@@ -37,6 +37,7 @@ class Architecture(BaseModel):
     moe_router_expert_bias: bool = False
     moe_router_num_groups: PositiveInt | None = None
     moe_router_group_topk: PositiveInt | None = None
+    moe_router_group_judges: PositiveInt | None = None
     moe_router_topk_scaling_factor: float | None = Field(default=None, gt=0)
     moe_ffn_hidden_size: PositiveInt
     moe_shared_expert_intermediate_size: PositiveInt | None = None
@@ -184,11 +185,27 @@ class Architecture(BaseModel):
                 f"moe_router_num_groups {groups} must divide num_experts {self.num_experts}, and "
                 f"needs moe_router_group_topk, which is {chosen}"
             )
+        self._check_judges()
         if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
             raise ValueError("moe_shared_expert_gate needs moe_shared_expert_intermediate_size")
         self._check_layers("dense_layers")
         if self.dense_layers and self.ffn_hidden_size is None:
             raise ValueError("dense_layers need ffn_hidden_size, their width")
+
+    def _check_judges(self) -> None:
+        judges, groups = self.moe_router_group_judges, self.moe_router_num_groups
+        if judges is None:
+            return
+        if groups is None or judges > self.num_experts // groups:
+            raise ValueError(
+                f"moe_router_group_judges {judges} must be among the experts of a group, of which "
+                f"moe_router_num_groups {groups} makes some of {self.num_experts}"
+            )
+        if self._is_softmax_of_chosen:
+            raise ValueError(
+                "moe_router_group_judges needs scores of all experts: moe_router_pre_softmax or "
+                "sigmoid scores"
+            )
 
     def _check_layers(self, field: str) -> None:
         outside = [layer for layer in getattr(self, field) if not 0 <= layer < self.num_layers]

@@ -9,6 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.group_router import group_router
 from pikv_megatron.checkpoint.latent_sizes import LatentSizes
 from pikv_megatron.checkpoint.projection_norm import (
     KeyProjectionNorm,
@@ -46,10 +47,21 @@ def _one_layer_spec(architecture: Architecture, is_moe: bool) -> ModuleSpec:
         attention.q_layernorm, attention.k_layernorm = QueryProjectionNorm, KeyProjectionNorm
         if architecture.clip_qkv is not None:
             attention.linear_qkv = clip_values(attention.linear_qkv)
+    if is_moe and _judges_its_own_way(architecture):
+        router = group_router(architecture.moe_router_group_judges)
+        spec.submodules.mlp.submodules.router = router
     if architecture.attention_output_bias:
         attention = spec.submodules.self_attention.submodules
         attention.linear_proj = with_bias(attention.linear_proj)
     return spec
+
+
+def _judges_its_own_way(architecture: Architecture) -> bool:
+    """Whether Megatron-Core would choose groups of experts otherwise."""
+    judges = architecture.moe_router_group_judges
+    if judges is None:
+        return False
+    return judges != architecture.moe_router_topk // architecture.moe_router_group_topk
 
 
 def _fit_latent_attention(attention: ModuleSpec, sizes: LatentSizes) -> None:

@@ -6,8 +6,10 @@ from functools import cached_property
 
 import torch
 
+from pikv_megatron.cache.head_maps import sent_widths
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.latent_sizes import LatentSizes
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
 from pikv_megatron.types import KVShape
@@ -103,8 +105,10 @@ def ranks_that_divide(num_experts: int) -> list[int]:
 
 def layer_shapes(architecture: Architecture, dtype: torch.dtype) -> list[LayerShape]:
     """As `transformer.layer_shapes` reads them off a model, on torch's meta device."""
-    a = architecture
-    kv = KVShape(a.num_query_groups, a.head_dim, a.head_dim, dtype, torch.device("meta"))
+    a, meta = architecture, torch.device("meta")
+    if a.latent_attention is not None:
+        return [_latent_shape(a.latent_attention, a.num_attention_heads, dtype)] * a.num_layers
+    kv = KVShape(a.num_query_groups, a.head_dim, a.head_dim, dtype, meta)
     return [
         LayerShape(
             kv, a.num_attention_heads, 1 / math.sqrt(a.head_dim),
@@ -112,3 +116,13 @@ def layer_shapes(architecture: Architecture, dtype: torch.dtype) -> list[LayerSh
         )
         for layer in range(a.num_layers)
     ]
+
+
+def _latent_shape(sizes: LatentSizes, num_heads: int, dtype: torch.dtype) -> LayerShape:
+    kv = KVShape(
+        1, sizes.row_width, sizes.kv_lora_rank, dtype, torch.device("meta"), values_in_keys=True
+    )
+    sent = sent_widths(
+        sizes.qk_head_dim, sizes.qk_pos_emb_head_dim, sizes.kv_lora_rank, sizes.v_head_dim
+    )
+    return LayerShape(kv, num_heads, 1 / math.sqrt(sizes.query_width), sent_widths=sent)

@@ -1,7 +1,7 @@
 """What attention layers of every kind do to read and write a PiKV cache.
 
-Legend: sq new tokens, b rows of the batch, t tokens of them that are real, np query heads, h hidden
-size.
+Legend: sq new tokens, b rows of the batch, t tokens of them that are real, np query heads, ng KV
+heads, w_v width of a cached value, h hidden size.
 """
 
 import torch
@@ -66,6 +66,10 @@ class CachedAttention:
         plan: StepPlan, layer: LayerCache,
     ) -> torch.Tensor:
         """Attention of a step's tokens: [sq, b, h] -> [t, np, width]."""
+        raise NotImplementedError
+
+    def value_outputs(self) -> torch.Tensor:
+        """[ng, np / ng, w_v, h]: what the layer makes of a cached value in each head."""
         raise NotImplementedError
 
 

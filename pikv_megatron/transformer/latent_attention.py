@@ -31,7 +31,12 @@ class PiKVLatentAttention(CachedAttention, MLASelfAttention):
         turned = self._rotation(context, plan, query.dtype).apply(turned).squeeze(1)
         query = torch.cat([own, turned[:, :-1]], dim=-1)
         row = torch.cat([latent, turned[:, -1:]], dim=-1)
-        return layer.attend(query, row, None, plan, maps=self._maps())
+        return layer.attend(query, row, None, plan, maps=LatentMaps(*self._projections()))
+
+    def value_outputs(self):
+        _, value_up = self._projections()
+        outputs = self.linear_proj.weight.T.unflatten(0, (-1, self.config.v_head_dim))
+        return torch.matmul(value_up, outputs).unsqueeze(0)
 
     def _query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[sq, b, np, w_n + w_r]."""
@@ -54,14 +59,14 @@ class PiKVLatentAttention(CachedAttention, MLASelfAttention):
             latent = F.rms_norm(latent, (rank,), weight, self.config.layernorm_epsilon)
         return torch.cat([latent, key], dim=-1).unsqueeze(2)
 
-    def _maps(self) -> LatentMaps:
-        """Views of the up-projection's weight: keys [np, w_n, r], values [np, r, w_v]."""
+    def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of latents, views of one weight: to keys [np, w_n, r], to values [np, r, w_v]."""
         config = self.config
         heads = self.linear_kv_up_proj.weight.unflatten(
             0, (-1, config.qk_head_dim + config.v_head_dim)
         )
         key_up, value_up = heads.split([config.qk_head_dim, config.v_head_dim], dim=1)
-        return LatentMaps(key_up, value_up.transpose(1, 2))
+        return key_up, value_up.transpose(1, 2)
 
     def _rotation(self, context, plan, dtype):
         """Pairs are of neighbours, as released weights have them: products of queries and keys are

@@ -9,6 +9,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from pikv_megatron.cache.head_maps import sent_widths
 from pikv_megatron.layer_spec import LayerShape
 from pikv_megatron.types import KVShape
 
@@ -37,7 +38,12 @@ def _latent_shape(attention: MLASelfAttention, weight: torch.Tensor) -> LayerSha
     config = attention.config
     rank, width = config.kv_lora_rank, config.kv_lora_rank + config.qk_pos_emb_head_dim
     kv = KVShape(1, width, rank, weight.dtype, weight.device, values_in_keys=True)
-    return LayerShape(kv, attention.num_attention_heads_per_partition, attention.softmax_scale)
+    sent = sent_widths(
+        config.qk_head_dim, config.qk_pos_emb_head_dim, rank, config.v_head_dim
+    )
+    return LayerShape(
+        kv, attention.num_attention_heads_per_partition, attention.softmax_scale, sent_widths=sent
+    )
 
 
 def sliding_window(config: TransformerConfig, layer_number: int) -> int | None:

@@ -10,7 +10,7 @@ from pikv_megatron.cache.step_rows import StepRow
 from pikv_megatron.layer_spec import LayerShape
 from pikv_megatron.ops.dense_attention import dense_attention
 from pikv_megatron.runtime.process_groups import process_groups
-from pikv_megatron.types import KVShape
+from pikv_megatron.types import AttentionState, KVShape
 
 HEADS, OWN, ROTATED, SCALE = 6, 5, 4, 0.4
 # Ranks of the latent and widths of a head's value: queries and results are narrower before or
@@ -90,3 +90,32 @@ def run_cases(num_ranks: int) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_rows_are_cached_once_and_read_by_all_heads(num_ranks):
     run_ranks(run_cases, num_ranks, num_ranks, timeout=240)
+
+
+def test_a_token_of_deepseek_v3_takes_576_numbers():
+    """Besides the window, a token buffer, what takes lost writes, and what is noted of pages."""
+    kv = KVShape(1, 576, 512, torch.bfloat16, torch.device("cpu"), values_in_keys=True)
+    config, length = PiKVConfig(), 16384
+    context = PiKVInferenceContext(
+        1, length, config, config.resolve([LayerShape(kv, 128, 192**-0.5)])
+    )
+    empty, row = context.allocated_bytes(), kv.token_bytes
+    rows = context.layout.size + 3 * config.page_size  # two buffers, the null page
+    assert row == 2 * 576 and rows * row <= empty < 1.01 * rows * row
+    context.reserve([(context.start(0), length)])
+    pages = -(-(length - config.num_sinks - config.window) // config.page_size)
+    grown = context.allocated_bytes() - empty
+    assert pages * config.page_size * row <= grown < 1.01 * (pages * config.page_size) * row
+
+
+@pytest.mark.parametrize("rank, value_width", WIDTHS)
+def test_queries_and_results_travel_where_they_are_narrower(rank, value_width):
+    maps = LatentMaps(draw(HEADS, OWN, rank), draw(HEADS, rank, value_width))
+    query = draw(2, 1, HEADS, OWN + ROTATED)
+    sent = maps.sent(query)
+    assert sent.shape[-1] == min(OWN, rank) + ROTATED
+    torch.testing.assert_close(maps.arrived(sent), maps.absorb(query))
+    state = AttentionState(draw(2, 1, HEADS, rank), draw(2, 1, HEADS))
+    returned = maps.returned(state)
+    assert returned.out.shape[-1] == min(value_width, rank)
+    torch.testing.assert_close(maps.merged(returned).out, maps.emit(state).out)

@@ -103,6 +103,12 @@ DEEPSEEK_V2_LITE = {
         "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
     },
 }
+DEEPSEEK_V2 = DEEPSEEK_V2_LITE | {
+    "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+    "num_hidden_layers": 60, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "q_lora_rank": 1536, "n_routed_experts": 160, "n_group": 8, "topk_group": 3,
+    "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0,
+}
 DEEPSEEK_V3 = {
     "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "hidden_size": 7168,
     "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
@@ -167,6 +173,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "gpt-oss-20b": (GPT_OSS_20B, 20.9),
     "gpt-oss-120b": (GPT_OSS_120B, 116.8),
     "DeepSeek-V2-Lite": (DEEPSEEK_V2_LITE, 15.7),
+    "DeepSeek-V2": (DEEPSEEK_V2, 235.7),
     "DeepSeek-V3": (DEEPSEEK_V3, 671.0),
     "Kimi-K2": (KIMI_K2, 1026.0),
     "Moonlight-16B-A3B": (MOONLIGHT, 16.0),

@@ -57,6 +57,8 @@ def test_it_is_built_and_planned_without_weights(name, one_rank):
     for layer, spec in enumerate(specs):
         if "kv_lora_rank" in config:  # 576 numbers, in bfloat16
             assert spec.kv.num_groups == 1 and spec.kv.token_bytes == 2 * 576
+            heads = config["qk_nope_head_dim"] + 64, config["v_head_dim"]
+            assert spec.sent_widths == heads
         else:
             assert spec.kv.num_groups == config["num_key_value_heads"]
             assert spec.kv.token_bytes == 2 * 2 * spec.kv.num_groups * architecture.head_dim

@@ -170,8 +170,12 @@ def save_all(root: Path) -> dict[str, torch.Tensor]:
         "hy_fused": (
             hy_v3(mlp_layer_types=["sparse", "dense", "sparse"]), dict(save_original_format=False)
         ),
-        "deepseek_v2": (deepseek_v2(), {}),
-        "deepseek_v3_fused": (deepseek_v3(), dict(save_original_format=False)),
+        "deepseek_v2_grouped": (
+            deepseek_v2(topk_method="group_limited_greedy", **GROUPED), {}
+        ),
+        "deepseek_v3_fused": (
+            deepseek_v3(n_group=2, topk_group=1), dict(save_original_format=False)
+        ),
         "glm4_lite": (glm4_moe_lite(mlp_layer_types=["sparse", "dense", "sparse"]), {}),
         "qwen3_biased_yarn": (
             qwen3_moe(attention_bias=True, rope_parameters=YARN | {"attention_factor": 1.4}), {}

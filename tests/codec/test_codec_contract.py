@@ -58,6 +58,45 @@ def test_attention_is_that_over_the_restored_pages_and_the_buffers(
     assert not mass[..., 1].any()
 
 
+@pytest.mark.parametrize("transform", [name for name in members(Transform) if name != "mixed"])
+@pytest.mark.parametrize("packing", ["plain", "int4"])
+def test_rows_that_hold_their_values_are_stored_once(transform, packing):
+    width = HN - 5
+    kv = KVShape(1, HN, width, torch.float32, torch.device("cpu"), values_in_keys=True)
+    codec = CodecOptions(transform=transform, format=packing).build(kv, S, 2)
+    rows = KEYS[:1]
+    if codec.learns:
+        codec.fit(1, rows.flatten(1, 2), rows[..., :width].flatten(1, 2))
+    pool = codec.allocate(6)
+    codec.seal(rows, rows[..., :width], pool, PAGE, SLOTS)
+    assert pool.values is None and pool.value_scale is None
+    query = torch.randn(1, 3, 4, HN)
+    sealed = PageList(pool, torch.tensor([[3, 4]]), torch.tensor([[S, S]]).int())
+    opened = PageList(
+        KVPages.plain(torch.randn(1, 1, S, HN), None, width), torch.tensor([[0]]),
+        torch.tensor([[5]]).int(),
+    )
+    state, _ = codec.attend(query, sealed, [opened], 0.25, torch.tensor([1]))
+    keys, values = codec.restore(pool, torch.tensor([3, 4]), SLOTS[:2])
+    keys = torch.cat([keys.flatten(1, 2), opened.pages.keys[:, 0]], dim=1)[:, None]
+    values = torch.cat([values.flatten(1, 2), opened.pages.keys[:, 0, :, :width]], dim=1)[:, None]
+    expected = dense_attention(query, keys, values, torch.arange(3 * S)[None] < 2 * S + 5, 0.25)
+    torch.testing.assert_close(state.out, expected.out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(state.lse, expected.lse, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fields, named", [
+    ({"transform": "mixed"}, "codec.transform 'mixed'"),
+    ({"format": {"keys": "int8", "values": "int4"}}, "codec.format 'mixed'"),
+    ({"rotation": "hadamard"}, "codec.rotation 'hadamard'"),
+    ({"transform": {"name": "svd", "value_rank": 4}}, "codec.transform.value_rank 4"),
+])
+def test_what_treats_keys_and_values_apart_is_refused_for_latent_rows(fields, named):
+    kv = KVShape(1, HN, HN - 5, torch.float32, torch.device("cpu"), values_in_keys=True)
+    with pytest.raises(ValueError, match=named):
+        CodecOptions(**fields).build(kv, S, 1)
+
+
 @pytest.mark.parametrize("transform, packing", CODECS)
 def test_a_page_that_is_not_read_leaves_no_trace(transform, packing):
     codec, pool = sealed_pool(transform, packing)

@@ -6,8 +6,10 @@ from parity_models import VOCAB, build
 from ranks import run_ranks
 from test_packaging import ROOT
 
-from pikv_megatron import PiKVConfig, process_groups
+from pikv_megatron import PiKVConfig, pikv_layer_spec, process_groups
 from pikv_megatron.checkpoint.architecture import Architecture
+from pikv_megatron.checkpoint.latent_sizes import LatentSizes
+from pikv_megatron.checkpoint.model_builder import build_model
 from pikv_megatron.checkpoint.name_table import named_tensors
 from pikv_megatron.inference.engine import Engine
 from pikv_megatron.inference.request import Request
@@ -22,6 +24,14 @@ ARCHITECTURE = Architecture(
     num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=32,
     num_experts=8, moe_ffn_hidden_size=32, vocab_size=VOCAB, max_sequence_length=4096,
 )
+LATENT = Architecture(
+    num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=4, num_experts=8,
+    moe_ffn_hidden_size=32, vocab_size=VOCAB, max_sequence_length=4096,
+    latent_attention=LatentSizes(
+        kv_lora_rank=24, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=12
+    ),
+)
+LATENT_CACHES = ("lossless", "h2o", "int4", "allgather")
 CONTEXT, NEW, BATCH = 500, 20, 3
 NEAR = 96  # first tokens that stay at home: short contexts shall be spread, too
 FOLDERS = "configs/pikv", "configs/methods"
@@ -83,8 +93,20 @@ class Run:
 
 
 def run_all(pg) -> dict:
-    model = build(pg, PiKVConfig(), num_layers=3, kv_channels=32)
-    runs = {name: Run(model, pg, pikv, name in DECODED) for name, pikv in configs().items()}
+    return run(build(pg, PiKVConfig(), num_layers=3, kv_channels=32), pg, configs())
+
+
+def run_latent(pg) -> dict:
+    model = build_model(LATENT, pg, spec_transform=lambda spec: pikv_layer_spec(spec, PiKVConfig()))
+    return run(model, pg, latent_configs())
+
+
+def latent_configs() -> dict[str, PiKVConfig]:
+    return {name: pikv for name, pikv in configs().items() if name in LATENT_CACHES}
+
+
+def run(model, pg, caches: dict[str, PiKVConfig]) -> dict:
+    runs = {name: Run(model, pg, pikv, name in DECODED) for name, pikv in caches.items()}
     return {
         "weights": sum(t.nbytes for t in named_tensors(model).values()),
         "most": {name: run.most for name, run in runs.items()},
@@ -92,17 +114,19 @@ def run_all(pg) -> dict:
     }
 
 
-def run_on_ranks(num_ranks: int) -> dict:
+def run_on_ranks(num_ranks: int) -> tuple[dict, dict]:
     with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
-        return run_all(pg)
+        return run_all(pg), run_latent(pg)
 
 
-def check(by_rank: list[dict]) -> None:
+def check(
+    by_rank: list[dict], architecture: Architecture, caches: dict[str, PiKVConfig]
+) -> None:
     num_ranks = len(by_rank)
-    weights = Weights.of(ARCHITECTURE, torch.float32)
+    weights = Weights.of(architecture, torch.float32)
     assert {found["weights"] for found in by_rank} == {weights.of_rank(num_ranks)}
-    for name, pikv in configs().items():
-        target = Target(ARCHITECTURE, pikv, num_ranks, BATCH, CONTEXT, NEW, torch.float32)
+    for name, pikv in caches.items():
+        target = Target(architecture, pikv, num_ranks, BATCH, CONTEXT, NEW, torch.float32)
         cache = PlannedCache(target)
         most = [found["most"][name] for found in by_rank]
         planned = sum(cache.bytes_by_part().values())
@@ -122,9 +146,12 @@ def check_traffic(name: str, sent: dict[str, float], planned: dict[str, float]) 
 
 
 def test_one_rank_takes_what_is_planned(one_rank):
-    check([run_all(one_rank)])
+    check([run_all(one_rank)], ARCHITECTURE, configs())
+    check([run_latent(one_rank)], LATENT, latent_configs())
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_take_and_send_what_is_planned(num_ranks):
-    check(run_ranks(run_on_ranks, num_ranks, num_ranks, timeout=200))
+    grouped, latent = zip(*run_ranks(run_on_ranks, num_ranks, num_ranks, timeout=280))
+    check(grouped, ARCHITECTURE, configs())
+    check(latent, LATENT, latent_configs())

@@ -163,9 +163,15 @@ seed_number.__name__ = "int"  # argparse names it in its own message
 
 def _read_architecture(path: Path) -> Architecture:
     try:
-        return read_architecture(path) if path.is_dir() else Architecture.from_yaml(path)
+        found = read_architecture(path) if path.is_dir() else Architecture.from_yaml(path)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"--model {path}: {error}") from error
+    if found.latent_attention is not None:
+        raise ValueError(
+            f"--model {path}: latent attention is not timed, the contexts that are drawn have keys "
+            "and values apart"
+        )
+    return found
 
 
 def _steps(steps: int | None, flush_interval: int) -> int:

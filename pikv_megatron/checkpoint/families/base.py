@@ -114,21 +114,14 @@ def sigmoid_router(fields: ConfigFields, scaling_factor: str | None = None) -> d
 
 
 def expert_groups(fields: ConfigFields, best: int = 2) -> dict[str, int | None]:
-    """Groups of experts, of which a token chooses some by the sum of their `best` best experts.
-
-    Raises:
-        ValueError: Megatron-Core would judge groups by another number of experts.
-    """
+    """Groups of experts, of which a token chooses some by the sum of their `best` best experts."""
     groups, chosen = fields.integer("n_group"), fields.integer("topk_group")
     if groups == 1:
-        return {"moe_router_num_groups": None, "moe_router_group_topk": None}
-    judged_by = fields.integer("num_experts_per_tok") // chosen
-    if judged_by != best:
-        raise ValueError(
-            f"topk_group = {chosen} is not supported: Megatron-Core judges a group by its "
-            f"num_experts_per_tok // topk_group = {judged_by} best experts, the model by {best}"
-        )
-    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+        return {}
+    return {
+        "moe_router_num_groups": groups, "moe_router_group_topk": chosen,
+        "moe_router_group_judges": best,
+    }
 
 
 def listed_dense_layers(fields: ConfigFields) -> dict[str, Any]:

@@ -7,7 +7,7 @@ GREEDY, GROUPED = "greedy", "group_limited_greedy"
 
 
 class DeepseekV2(LatentFamily):
-    """DeepSeek-V2-Lite."""
+    """DeepSeek-V2, V2-Lite."""
 
     name = "deepseek_v2"
     class_name = "DeepseekV2ForCausalLM"

@@ -93,7 +93,7 @@ class PageCounter:
 def page_bytes(layer: LayerCache) -> int:
     """Of keys and values of one page as they are stored, scales included."""
     pool = layer.store.pool
-    return sum(t.nbytes for t in pool.kv if isinstance(t, torch.Tensor)) // len(pool.position)
+    return sum(t.nbytes for t in pool.kv.tensors) // len(pool.position)
 
 
 def _sketch_bytes(layer: LayerCache) -> int:
