@@ -22,7 +22,7 @@ from pikv_megatron.evaluation.evaluator import Evaluator
 from pikv_megatron.evaluation.figures import Record
 from pikv_megatron.evaluation.judge import Reference
 from pikv_megatron.evaluation.options import EvaluateOptions, parse_options
-from pikv_megatron.evaluation.report.page import html_report
+from pikv_megatron.evaluation.report.page import cost_pictures, html_report
 from pikv_megatron.evaluation.report.results import Results, settings_of
 from pikv_megatron.evaluation.report.tables import Grid, accuracy_table, cost_table
 from pikv_megatron.inference.program import IS_FIRST_RANK, command, refuse, use_device
@@ -125,6 +125,7 @@ def show(options: EvaluateOptions, grid: Grid) -> None:
                           *(t.markdown() for t in tables)])
     (options.out / "report.md").write_text(markdown, encoding="utf-8")
     (options.out / "report.html").write_text(html_report(grid, title, notes), encoding="utf-8")
+    (options.out / "held.svg").write_text(cost_pictures(grid)[0], encoding="utf-8")
 
 
 if __name__ == "__main__":

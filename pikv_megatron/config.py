@@ -34,6 +34,9 @@ class PiKVConfig(LayerOptions):
         memory_limit: bytes of a rank's cache, `12 GiB` say; more is refused before anything is
             computed. None: no limit.
         lean_experts: whether a step runs only the MoE experts that got a token.
+        cuda_graphs: whether steps that only decode are recorded as CUDA graphs, one for each
+            batch size and power of two of pages, and replayed: their cost on the host is gone.
+            Without CUDA it changes nothing.
         calibration: a file of `launch/calibrate.py` that transforms are fitted to; None: they
             learn from every sequence's first pages.
         layers: other methods for some layers.
@@ -55,6 +58,7 @@ class PiKVConfig(LayerOptions):
     max_sequence_length: int | None = Field(None, ge=1)
     memory_limit: ByteSize | None = Field(None, ge=1)
     lean_experts: bool = True
+    cuda_graphs: bool = False
     calibration: Path | None = None
     layers: tuple[LayerOverride, ...] = ()
 
@@ -78,6 +82,11 @@ class PiKVConfig(LayerOptions):
             raise ValueError(
                 f"replicas {self.replicas} needs expert_shards above 1: with one expert shard "
                 "every replica of a token falls into the same shard"
+            )
+        if self.cuda_graphs and not self.lean_experts:
+            raise ValueError(
+                "cuda_graphs needs lean_experts: Megatron's experts wait for counts of tokens; set "
+                "lean_experts to true, or cuda_graphs to false"
             )
         self.resolved()
         return self
@@ -127,8 +136,16 @@ class PiKVConfig(LayerOptions):
             for number, shape in enumerate(layers)
         )
         for spec in {spec[1:-1]: spec for spec in specs}.values():
+            spec.options.retention.build()
+            if spec.options.retention.needs_scores and spec.kv.values_in_keys:
+                raise ValueError(
+                    f"retention {spec.options.retention.name} scores keys and values, and layer "
+                    f"{spec.number - 1} stores latent ones: name another policy"
+                )
             spec.options.sketch.build(spec.kv, self.page_size, 0)
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
+            if self.cuda_graphs:
+                _check_recordable(spec.options)
             if (codec.pooled > 1 or codec.ageing is not None) and self.replicas > 1:
                 raise ValueError(
                     f"codec.transform {spec.options.codec.transform.name} stores neighbours as one "
@@ -144,3 +161,17 @@ class PiKVConfig(LayerOptions):
         options = LayerOptions(**methods).resolved()
         budget = options.budget.for_layer(layer, num_layers)
         return options.model_copy(update={"budget": budget})
+
+
+def _check_recordable(options: LayerOptions) -> None:
+    """Whether a decode step does on the device alone what it does."""
+    if options.router.name != "all":
+        raise ValueError(
+            f"cuda_graphs: router {options.router.name} sends each step's queries to other ranks; "
+            "set cuda_graphs to false, or router to all"
+        )
+    if options.retention.needs_mass:
+        raise ValueError(
+            f"cuda_graphs: retention {options.retention.name} books every step's masses on the "
+            "host; set cuda_graphs to false, or choose a policy without them"
+        )

@@ -40,7 +40,7 @@ def _parameters(options: type[Options]) -> Iterator[str]:
 
 
 def _shown(default: Any) -> str:
-    return "null" if default is None else str(getattr(default, "name", default))
+    return "null" if default in (None, ()) else str(getattr(default, "name", default))
 
 
 if __name__ == "__main__":

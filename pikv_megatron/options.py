@@ -16,12 +16,16 @@ class Options(BaseModel):
     Attributes:
         needs_sketch: the method reads sketches of pages.
         needs_mass: the method reads the share of the attention that pages had.
+        needs_scores: the method scores the tokens of prompts as they come.
+        extra: optional extra of this package that the method takes; None: it needs none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     needs_sketch: ClassVar[bool] = False
     needs_mass: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = False
+    extra: ClassVar[str | None] = None
 
 
 def family(*members: type[Options]) -> Any:

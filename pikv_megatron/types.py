@@ -284,6 +284,7 @@ class PageStats(NamedTuple):
         last_used: [r, m], int64, when a query last used it, see `RetentionOptions.use_threshold`;
             -1: never.
         uses: [r, m], float32, queries that used it.
+        score: [r, m], float32, mean score of its tokens; inf where any came without one.
     """
 
     is_page: Tensor
@@ -294,6 +295,7 @@ class PageStats(NamedTuple):
     observed: Tensor | None = None
     last_used: Tensor | None = None
     uses: Tensor | None = None
+    score: Tensor | None = None
 
     @property
     def own_shard(self) -> Tensor:

@@ -20,7 +20,10 @@ PACKAGE = ROOT / "pikv_megatron"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LOADERS = {
     "pikv": PiKVConfig.from_file,
+    "presets": PiKVConfig.from_file,
     "methods": PiKVConfig.from_file,
+    "variants": PiKVConfig.from_file,
+    "tuned": PiKVConfig.from_file,
     "model": Architecture.from_yaml,
     "demo": TrainingSettings.from_yaml,
 }
@@ -115,7 +118,8 @@ def test_wheel_holds_every_module(wheel_names):
     presets = ROOT / "configs/pikv"
     expected.add("pikv_megatron/presets/__init__.py")
     assert expected == {name for name in wheel_names if name.endswith(".py")}
-    shipped = {f"pikv_megatron/presets/{path.name}" for path in presets.glob("*.yaml")}
+    files = {path.relative_to(presets) for path in presets.rglob("*.yaml")}
+    shipped = {f"pikv_megatron/presets/{file}" for file in files}
     assert shipped == {name for name in wheel_names if name.endswith(".yaml")}
     assert any(name.endswith("/LICENSE") for name in wheel_names)
 

@@ -1,4 +1,5 @@
-"""Presets, imported as `pikv_megatron.presets`: the YAML files beside this one."""
+"""Presets, imported as `pikv_megatron.presets`: the YAML files beside this one, and in `presets`
+those that are recommended."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ import yaml
 FOLDER = Path(__file__).parent
 
 
-def preset_names() -> list[str]:
-    """All of them."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+def preset_files() -> dict[str, Path]:
+    """Every preset's file by its name."""
+    return {path.stem: path for path in sorted(FOLDER.rglob("*.yaml"))}
 
 
 def preset_values(name: Any) -> dict[str, Any]:
@@ -19,10 +20,9 @@ def preset_values(name: Any) -> dict[str, Any]:
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in preset_names():
-        raise ValueError(
-            f"preset {name!r} is unknown: the presets are {', '.join(preset_names())}"
-        )
-    values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    files = preset_files()
+    if name not in files:
+        raise ValueError(f"preset {name!r} is unknown: the presets are {', '.join(files)}")
+    values = yaml.safe_load(files[name].read_text())
     base = preset_values(values.pop("preset")) if "preset" in values else {}
     return {**base, **values}

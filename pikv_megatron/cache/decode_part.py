@@ -92,13 +92,21 @@ class DecodePart:
         self.counts = [len(rows) for rows in rows_by_rank]
         self.num_rows = self.counts[rank]
         self._rank = rank
-        self._slots_by_rank = [[row.sequence.slot for row in rows] for rows in rows_by_rank]
         flushed = [row.sequence.flushed for rows in rows_by_rank for row in rows]
         in_shards = max(flushed, default=num_sinks) - num_sinks
         self.reads_shards = in_shards > 0
         self.reads_far = footprint.is_far(in_shards)
         self.most_pages = footprint.most_pages(in_shards)
+        self._keys = [tuple(row.sequence.slot for row in rows) for rows in rows_by_rank]
         self._sliding: dict[int, SlidingReads] = {}
+
+    def fix(self, most_pages: int) -> None:
+        """Let every row read up to so many pages, and no list of them be kept for later steps."""
+        self.most_pages, self._keys = most_pages, None
+
+    def forget(self) -> None:
+        """The numbers have changed."""
+        self._sliding.clear()
 
     @property
     def is_anywhere(self) -> bool:
@@ -122,15 +130,13 @@ class DecodePart:
     @cached_property
     def own_reads(self) -> OwnerReads:
         """All of this rank's rows."""
-        key = tuple(self._slots_by_rank[self._rank])
-        own = self.numbers
+        key, own = self._keys and self._keys[self._rank], self.numbers
         return OwnerReads(own.slots, self.most_pages, key, positions=own.positions)
 
     @cached_property
     def all_reads(self) -> OwnerReads:
         """All rows of all ranks, one rank behind the other."""
-        key = tuple(slot for slots in self._slots_by_rank for slot in slots)
-        every = self.numbers
+        key, every = self._keys and sum(self._keys, ()), self.numbers
         return OwnerReads(
             every.all_slots, self.most_pages, key, positions=every.all_positions
         )

@@ -16,7 +16,7 @@ from pikv_megatron.cache.page_table import PageTable
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.cache.widen import growth_bytes, widen, widen_fields
+from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.attend_means import attend_means
 from pikv_megatron.relevance import Ask
@@ -79,6 +79,15 @@ class PageDirectory:
             if self._mean_value is not None:
                 self._mean_value = widen(self._mean_value, missing, 1)
 
+    def compact(self) -> None:
+        """Give back the memory of free entries."""
+        self._views.clear()
+        kept, number = self._free.compact()
+        self.table.renumber(number)
+        self.sketch, self.shard = narrow_fields(self.sketch, kept), narrow(self.shard, kept, 0)
+        if self._mean_value is not None:
+            self._mean_value = narrow(self._mean_value, kept, 1)
+
     def growth_bytes(self, num_pages: int) -> int:
         """What `reserve` would allocate."""
         missing, size = self._free.missing(num_pages), len(self.shard)
@@ -118,7 +127,7 @@ class PageDirectory:
 
     def ask(
         self, query: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
-        key: tuple[int, ...], num_columns: int,
+        key: tuple[int, ...] | None, num_columns: int,
     ) -> Ask:
         """What is known for a step's queries.
 
@@ -126,12 +135,15 @@ class PageDirectory:
             query: [n, np, hn].
             slots: [n], int64, their sequences on this rank.
             positions: [n], int64, of the queries.
-            key: the same sequences, as the host knows them.
+            key: the same sequences, as the host knows them; None: they change without it.
             num_columns: m.
         """
-        if (key, num_columns) not in self._views:
-            self._views[key, num_columns] = self._view(slots, num_columns)
-        directory, lens = self._views[key, num_columns]
+        view = None if key is None else self._views.get((key, num_columns))
+        if view is None:
+            view = self._view(slots, num_columns)
+            if key is not None:
+                self._views[key, num_columns] = view
+        directory, lens = view
 
         def judge(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             table = directory.table.flatten(1)

@@ -70,6 +70,23 @@ class FreeList:
         self._free[place] = pages
         self._num_free += order[-1]
 
+    def compact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let no page be free, and number those in use anew.
+
+        Returns:
+            Those in use [k], rising, whose numbers are 0 to k - 1 now; and the new number of every
+            old one and of the null page, [num_pages + 1].
+        """
+        is_used = torch.ones(self.num_pages, dtype=torch.bool, device=self._free.device)
+        is_used[self.pages()] = False
+        kept = is_used.nonzero().squeeze(1)
+        number = kept.new_full((self.num_pages + 1,), len(kept))
+        number[kept] = torch.arange(len(kept), device=kept.device)
+        self.num_pages, self._free_at_least = len(kept), 0
+        self._free = self._free.new_empty(len(kept) + 1)
+        self._num_free.zero_()
+        return kept, number
+
     def pages(self) -> torch.Tensor:
         """The free pages."""
         return self._free[: self.num_free]

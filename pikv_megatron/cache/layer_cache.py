@@ -5,7 +5,7 @@ widths of cached keys and values, w_q and w_o of queries and outputs, G ranks. W
 absorbed (`HeadMaps`), queries are as wide as keys and outputs as values.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,6 +14,13 @@ from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.head_maps import GROUPED, HeadMaps
 from pikv_megatron.cache.leaving import leaving_tokens
 from pikv_megatron.cache.owner_reads import OwnerReads
+from pikv_megatron.cache.partial_states import (
+    merge_into,
+    merge_parts,
+    pack_state,
+    shard_masses,
+    unpack_states,
+)
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.query_header import HeaderLayout
 from pikv_megatron.cache.shard_store import ShardStore
@@ -23,11 +30,11 @@ from pikv_megatron.cache.stream_window import StreamWindow
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.causal_attention import causal_attention
 from pikv_megatron.ops.decode_attention import decode_attention
-from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.ops.sink_logit import with_sink
 from pikv_megatron.parallel.dispatcher import FLUSH_OP, KVDispatcher
 from pikv_megatron.parallel.packet import pack_bits, unpack_bits
 from pikv_megatron.relevance import Ask
+from pikv_megatron.retention.prompt import Prompt
 from pikv_megatron.types import AttentionState, PageList, Reads
 
 
@@ -66,6 +73,8 @@ class LayerCache:
         self._chunk: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._maps = GROUPED
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
+        # [t], of the step's tokens, where retention asks.
+        self._scores: torch.Tensor | None = None
         self._last_lse = None
         if store.statistics is not None and placement.num_ranks > 1:
             self._last_lse = torch.zeros(
@@ -117,6 +126,18 @@ class LayerCache:
             )
             self.window.write(own.window_slots, own.places, *tokens)
 
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether `score` is to be called in a step."""
+        return self.spec.options.retention.needs_scores
+
+    def score(self, prompts: Sequence[Prompt], plan: StepPlan) -> None:
+        """Let the retention policy score a step's prompts, in the order of `StepPlan.prefill.rows`;
+        a decoded token has no score: inf, so that its page stays."""
+        scores = [self.store.retention.score(prompt) for prompt in prompts]
+        decoded = self.window.score.new_full((plan.decode.num_rows,), torch.inf)
+        self._scores = torch.cat([decoded, *scores])
+
     def settle(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
         """Flush what leaves the windows and keep what stays, once the experts are known.
 
@@ -129,6 +150,11 @@ class LayerCache:
             self.window.write_experts(
                 own.window_slots, own.places, experts[: plan.decode.num_rows]
             )
+        if self._scores is not None and plan.decode.num_rows:
+            own = plan.decode.numbers
+            self.window.write_scores(
+                own.window_slots, own.places, self._scores[: plan.decode.num_rows]
+            )
         if plan.flush is not None:
             self._flush(plan, experts)
         if plan.prefill.rows:
@@ -140,7 +166,9 @@ class LayerCache:
             self.window.write(writes.slots, writes.places, *tokens)
             if experts is not None:
                 self.window.write_experts(writes.slots, writes.places, experts[writes.source])
-        self._chunk = self._prompts = None
+            if self._scores is not None:
+                self.window.write_scores(writes.slots, writes.places, self._scores[writes.source])
+        self._chunk = self._prompts = self._scores = None
 
     def reserve(self, num_owned: int, num_noted: int, num_columns: int) -> None:
         """Allocate pages on this rank, room in the directory for pages of its sequences, and what
@@ -150,6 +178,18 @@ class LayerCache:
             self.directory.reserve(num_noted)
         if self._last_lse is not None:
             self.store.statistics.reserve_held(num_columns)
+
+    def compact(self) -> None:
+        """Give back the memory of pages that no sequence has."""
+        self.store.compact()
+        if self.directory is not None:
+            self.directory.compact()
+
+    @property
+    def num_pages(self) -> tuple[int, int]:
+        """Pages that there is room for here, and that the directory has room for."""
+        noted = 0 if self.directory is None else len(self.directory.shard)
+        return self.store.pool.null_page, noted
 
     def growth_bytes(self, num_owned: int, num_noted: int, num_columns: int) -> int:
         """What `reserve` would allocate."""
@@ -204,7 +244,7 @@ class LayerCache:
             self.router.learn(part.numbers.window_slots, choice.reads.shards, mass)
         if choice.columns is not None and self.directory.keeps_means:
             tail = self.directory.tail(choice.ask, choice.columns)
-            state = _merge([state, self._maps.emit(tail)])
+            state = merge_parts([state, self._maps.emit(tail)])
         return state
 
     def _choose(self, query: torch.Tensor, plan: StepPlan) -> StepChoice:
@@ -266,17 +306,18 @@ class LayerCache:
         owned, shares = self.store.attend_decoding(
             maps.arrived(arrived), arrived_reads, [], arrived_lse, self._router_learns
         )
-        packed, width = _packed(maps.returned(owned)), near.out.shape[-1] + 1
+        packed = pack_state(maps.returned(owned))
+        width = packed.shape[-1]
         if shares is not None:
             packed = torch.cat([packed, shares], dim=-1)
         parts = self._dispatcher.give_back(route, packed)
-        state = maps.merged(_merge([near, *map(_unpacked, parts[..., :width])]))
+        state = maps.merged(merge_parts([near, *unpack_states(parts[..., :width], near.out)]))
         if last_lse is not None:
             lse = state.lse.expand_as(last_lse)
             if goes_to is not None:
                 lse = torch.where(goes_to.unsqueeze(2), lse, last_lse)
             self._last_lse[slots] = lse
-        return state, None if shares is None else _shard_masses(parts[..., width - 1 :], state.lse)
+        return state, None if shares is None else shard_masses(parts[..., width - 1 :], state.lse)
 
     @property
     def _router_learns(self) -> bool:
@@ -303,7 +344,7 @@ class LayerCache:
                     near = self.store.attend(own, row.reads, window)
                 else:
                     near, _ = decode_attention(own, window, self.spec.softmax_scale)
-                _merge_into(state, row.tokens, self._maps.emit(near))
+                merge_into(state, row.tokens, self._maps.emit(near))
         if part.reads_far:
             self._attend_far(query, state, plan)
         return state
@@ -322,17 +363,20 @@ class LayerCache:
             self.store.attend(part.unsqueeze(0), row.reads, [])
             for row, part in zip(rows, arrived.split([_length(row.tokens) for row in rows]))
         ]
-        packed = torch.cat([_packed(self._maps.returned(part))[0] for part in owned])
-        parts = self._dispatcher.give_back(route, packed)
-        far = self._maps.merged(_merge([_unpacked(part) for part in parts]))
+        owned = [self._maps.returned(part) for part in owned]
+        packed = torch.cat([pack_state(part)[0] for part in owned])
+        parts = unpack_states(self._dispatcher.give_back(route, packed), owned[0].out)
+        far = self._maps.merged(merge_parts(parts))
         lens = [_length(tokens) for tokens in own]
         for tokens, *part in zip(own, far.out.split(lens), far.lse.split(lens)):
-            _merge_into(state, tokens, AttentionState(*(x.unsqueeze(0) for x in part)))
+            merge_into(state, tokens, AttentionState(*(x.unsqueeze(0) for x in part)))
 
     def _flush(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
         """Tokens leave for their shards; then owners drop the pages that are too many."""
         flush = plan.flush
-        block = leaving_tokens(self.window, self._chunk, flush, self._placement, experts)
+        block = leaving_tokens(
+            self.window, self._chunk, flush, self._placement, experts, self._scores
+        )
         if self.directory is not None:
             noted = flush.once("noted", lambda: self.directory.admit(block, flush.num_noted))
             self.directory.note(block, noted)
@@ -401,40 +445,3 @@ def _first(x: torch.Tensor, count: int) -> torch.Tensor:
 
 def _length(tokens: slice) -> int:
     return tokens.stop - tokens.start
-
-
-def _packed(state: AttentionState) -> torch.Tensor:
-    """[..., w_v] and [...] -> [..., w_v + 1], float32, so that one collective carries both."""
-    return torch.cat([state.out.float(), state.lse.unsqueeze(-1)], dim=-1)
-
-
-def _unpacked(packed: torch.Tensor) -> AttentionState:
-    return AttentionState(packed[..., :-1], packed[..., -1])
-
-
-def _shard_masses(parts: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Shares of the whole attention, [n, N], mean over heads.
-
-    Args:
-        parts: [G, n, 1, np, 1 + s], each owner's log-sum-exp and what its shards had of its part;
-            -inf where it was not asked.
-        lse: [n, 1, np], of the whole.
-    """
-    factor = (parts[..., :1] - lse.unsqueeze(-1)).exp()
-    shares = torch.where(factor > 0, parts[..., 1:] * factor, 0.0).mean(dim=(2, 3))
-    # Shard s is number s // G of rank s mod G.
-    return shares.permute(1, 2, 0).flatten(1)
-
-
-def _merge(states: list[AttentionState]) -> AttentionState:
-    """The whole of some parts, in the type of the first."""
-    out = torch.stack([state.out.float() for state in states])
-    merged = merge_states(out, torch.stack([state.lse for state in states]))
-    return AttentionState(merged.out.to(states[0].out.dtype), merged.lse)
-
-
-def _merge_into(state: AttentionState, tokens: slice, part: AttentionState) -> None:
-    """Merge a part [1, sq, np, w_v] into the tokens of a state [t, np, w_v]."""
-    own = AttentionState(*(x[tokens].unsqueeze(0) for x in state))
-    merged = _merge([own, part])
-    state.out[tokens], state.lse[tokens] = merged.out[0], merged.lse[0]

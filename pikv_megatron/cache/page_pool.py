@@ -3,7 +3,7 @@
 import torch
 
 from pikv_megatron.cache.free_list import FreeList
-from pikv_megatron.cache.widen import growth_bytes, widen, widen_fields
+from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.types import KVPages
 
@@ -16,11 +16,13 @@ class PagePool:
         position: [p + 1, S], int32.
         shard: [p + 1], int32, the shard a page belongs to.
         earlier_shards: [p + 1, S], int64 replica masks, or None without replicas.
+        score: [p + 1], float32, of a page, or None where retention does not ask for it.
         free: which pages are free.
     """
 
     def __init__(
-        self, codec: PageCodec, page_size: int, has_replicas: bool, device: torch.device
+        self, codec: PageCodec, page_size: int, has_replicas: bool, has_scores: bool,
+        device: torch.device,
     ):
         self.free = FreeList(device)
         self.kv: KVPages = codec.allocate(1)
@@ -29,6 +31,7 @@ class PagePool:
         self.earlier_shards = (
             torch.zeros(1, page_size, dtype=torch.int64, device=device) if has_replicas else None
         )
+        self.score = torch.zeros(1, device=device) if has_scores else None
 
     @property
     def null_page(self) -> int:
@@ -45,7 +48,21 @@ class PagePool:
         self.shard = widen(self.shard, missing, 0)
         if self.earlier_shards is not None:
             self.earlier_shards = widen(self.earlier_shards, missing, 0)
+        if self.score is not None:
+            self.score = widen(self.score, missing, 0)
         return missing
+
+    def compact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give back the memory of free pages; see `FreeList.compact` for what is returned."""
+        kept, number = self.free.compact()
+        self.kv = narrow_fields(self.kv, kept)
+        self.position = narrow(self.position, kept, 0)
+        self.shard = narrow(self.shard, kept, 0)
+        if self.earlier_shards is not None:
+            self.earlier_shards = narrow(self.earlier_shards, kept, 0)
+        if self.score is not None:
+            self.score = narrow(self.score, kept, 0)
+        return kept, number
 
     def growth_bytes(self, count: int) -> int:
         """What `reserve` would allocate."""
@@ -55,11 +72,13 @@ class PagePool:
 
     def metadata(self) -> list[torch.Tensor]:
         """What is kept of pages besides what they store."""
-        own = [self.position, self.shard, self.earlier_shards, *self.free.tensors()]
-        return [t for t in own if t is not None]
+        return [t for t in self._described() if t is not None] + self.free.tensors()
 
     def tensors(self) -> list[torch.Tensor]:
         return self.kv.tensors + self.metadata()
 
     def _by_page(self) -> list[torch.Tensor | None]:
-        return [*self.kv.tensors, self.position, self.shard, self.earlier_shards]
+        return [*self.kv.tensors, *self._described()]
+
+    def _described(self) -> list[torch.Tensor | None]:
+        return [self.position, self.shard, self.earlier_shards, self.score]

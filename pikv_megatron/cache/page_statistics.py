@@ -13,7 +13,7 @@ pool.
 import torch
 import torch.nn.functional as F
 
-from pikv_megatron.cache.widen import growth_bytes, widen
+from pikv_megatron.cache.widen import growth_bytes, narrow, widen
 
 
 class PageStatistics:
@@ -61,6 +61,16 @@ class PageStatistics:
         )
         if self.uses is not None:
             self.last_used, self.uses = (widen(t, count, 0) for t in (self.last_used, self.uses))
+
+    def compact(self, kept: torch.Tensor, number: torch.Tensor) -> None:
+        """Pages were numbered anew; see `FreeList.compact` for the arguments."""
+        self.mass, self.seen, self.observed = (
+            narrow(t, kept, 0) for t in (self.mass, self.seen, self.observed)
+        )
+        if self.uses is not None:
+            self.last_used, self.uses = (narrow(t, kept, 0) for t in (self.last_used, self.uses))
+        for held in (self._held_page, *(self._whole or ())[:1]):
+            held.copy_(torch.where(held < 0, -1, number[held.clamp(min=0)]))
 
     def growth_bytes(self, count: int) -> int:
         """What `widen` would allocate."""

@@ -68,6 +68,10 @@ class PageTable:
         column = torch.arange(num_columns, device=self.page.device)
         return column < self.count[rows].unsqueeze(-1)
 
+    def renumber(self, number: torch.Tensor) -> None:
+        """List every page by its new number [old pages + 1]."""
+        self.page = number[self.page.clamp(max=len(number) - 1)]
+
     def pages_of(self, row: int) -> torch.Tensor:
         """The pages of a row."""
         return self.page[row, : int(self.count[row])]

@@ -57,9 +57,11 @@ class ShardStore:
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
-        self.pool = PagePool(self._codec, page_size, has_replicas, kv.device)
+        has_scores = options.retention.needs_scores
+        self.pool = PagePool(self._codec, page_size, has_replicas, has_scores, kv.device)
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
+        metadata |= {"score": torch.float32} if has_scores else {}
         self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
         self._open_pages = KVPages.plain(
             self.buffers.tensors["keys"], self.buffers.tensors.get("values"), kv.value_width
@@ -82,6 +84,14 @@ class ShardStore:
         grown = self.pool.reserve(num_pages)
         if grown and self.statistics is not None:
             self.statistics.widen(grown)
+
+    def compact(self) -> None:
+        """Give back the memory of free pages."""
+        self._lists.clear()
+        kept, number = self.pool.compact()
+        self.table.renumber(number)
+        if self.statistics is not None:
+            self.statistics.compact(kept, number)
 
     def growth_bytes(self, num_pages: int) -> int:
         """What `reserve` would allocate."""
@@ -139,6 +149,8 @@ class ShardStore:
         tokens = {name: getattr(block, name) for name in (*self._kv.heads, "position")}
         if self.pool.earlier_shards is not None:
             tokens["earlier"] = block.earlier_shards
+        if self.pool.score is not None:
+            tokens["score"] = block.score
         pages = self.buffers.insert(admission, tokens)
         if pages:
             self._seal(admission, pages)
@@ -295,6 +307,8 @@ class ShardStore:
         self.pool.position[pages] = full["position"]
         if self.pool.earlier_shards is not None:
             self.pool.earlier_shards[pages] = full["earlier"]
+        if self.pool.score is not None:
+            self.pool.score[pages] = full["score"].mean(dim=1)
         if self.statistics is not None:
             self.statistics.start(pages)
         slots, keys = admission.page_row, full["keys"]
@@ -331,7 +345,8 @@ class ShardStore:
         pages = torch.where(is_page, self.table.page[slots, :num_columns], self.pool.null_page)
         newest = self.pool.position[pages, -1].long()
         shard = self.placement.local_shard(self.pool.shard[pages].long())
-        stats = PageStats(is_page, newest, shard)
+        score = None if self.pool.score is None else self.pool.score[pages]
+        stats = PageStats(is_page, newest, shard, score=score)
         if self.statistics is None:
             return stats
         counted = (

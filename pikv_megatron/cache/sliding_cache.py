@@ -31,6 +31,8 @@ class SlidingCache:
         values: [ng, slots, W, w_v].
     """
 
+    scores_prompts = False
+
     def __init__(self, spec: LayerSpec, num_slots: int):
         kv, self.spec, self._window = spec.kv, spec, spec.sliding_window
         shape = kv.num_groups, num_slots, self._window

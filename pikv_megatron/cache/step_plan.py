@@ -105,6 +105,25 @@ class StepPlan:
         if leaves:
             self.flush = FlushPlan(fields, self._ends, footprint, next(moved))
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether no rank feeds a prompt, and nothing leaves a window."""
+        return not self.prefill.is_anywhere and self.flush is None
+
+    @property
+    def decode_shape(self) -> tuple:
+        """What a step that only decodes has in common with others but for its numbers and pages."""
+        part = self.decode
+        return tuple(part.counts), self.num_padded, part.reads_shards, part.reads_far
+
+    def take_numbers(self, other: "StepPlan") -> None:
+        """Plan another step of this shape, in the memory of this plan."""
+        own, new = ([*plan.tokens, *plan.decode.numbers] for plan in (self, other))
+        for mine, others in zip(own, new):
+            mine.copy_(others, non_blocking=True)
+        self._rotary = None
+        self.decode.forget()
+
     def rotary(
         self, table: torch.Tensor, mscale: float, is_interleaved: bool, dtype: torch.dtype
     ) -> Rotation:

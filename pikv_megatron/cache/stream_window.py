@@ -18,10 +18,13 @@ class StreamWindow:
         pages: the same as a pool, a page a sequence.
         expert: [slots * (num_sinks + capacity), replicas], int16, the experts that the layer's
             router chose for a token, best first; None where placement does not ask for it.
+        score: [slots * (num_sinks + capacity)], float32, of a token; None where retention does not
+            ask for it.
     """
 
     def __init__(
-        self, kv: KVShape, num_slots: int, size: int, num_experts_kept: int
+        self, kv: KVShape, num_slots: int, size: int, num_experts_kept: int,
+        keeps_scores: bool = False,
     ):
         device = kv.device
         stored = {
@@ -36,6 +39,8 @@ class StreamWindow:
                 num_slots * size, num_experts_kept, dtype=torch.int16, device=device
             )
 
+        self.score = torch.zeros(num_slots * size, device=device) if keeps_scores else None
+
     def write(
         self, slots: torch.Tensor, places: torch.Tensor, keys: torch.Tensor,
         values: torch.Tensor | None,
@@ -48,6 +53,12 @@ class StreamWindow:
     ) -> None:
         """Store the experts [t, replicas] of those tokens."""
         self.expert[slots * self.keys.shape[2] + places] = experts
+
+    def write_scores(
+        self, slots: torch.Tensor, places: torch.Tensor, scores: torch.Tensor
+    ) -> None:
+        """Store the scores [t] of those tokens."""
+        self.score[slots * self.keys.shape[2] + places] = scores
 
     def clear(self, slot: int) -> None:
         """Leave nothing behind that is not finite: the next sequence reads around it."""
@@ -62,4 +73,5 @@ class StreamWindow:
         )
 
     def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.keys, self.values, self.expert) if t is not None]
+        own = self.keys, self.values, self.expert, self.score
+        return [t for t in own if t is not None]

@@ -18,6 +18,7 @@ class TokenBlock(NamedTuple):
         shard: [t], int64.
         position: [t], int64.
         earlier_shards: [t], int64, bit s is set where a replica of lower order lies in shard s.
+        score: [t], float32, by a retention policy; None where none asks.
     """
 
     keys: Tensor
@@ -26,6 +27,7 @@ class TokenBlock(NamedTuple):
     shard: Tensor
     position: Tensor
     earlier_shards: Tensor
+    score: Tensor | None = None
 
     def packed(self) -> Tensor:
         """[t, bytes], uint8, for the journey."""
@@ -34,10 +36,12 @@ class TokenBlock(NamedTuple):
     def unpacked(self, rows: Tensor) -> "TokenBlock":
         """The block that rows [t', bytes] hold, of the same types and widths."""
         header, *parts = unpack_rows(rows, self._by_token())
+        score = None if self.score is None else parts.pop()
         keys, values = *(part.transpose(0, 1) for part in parts), *[None] * (2 - len(parts))
-        return TokenBlock(keys, values, *header.unbind(1))
+        return TokenBlock(keys, values, *header.unbind(1), score)
 
     def _by_token(self) -> list[Tensor]:
         header = torch.stack([self.slot, self.shard, self.position, self.earlier_shards], dim=1)
         parts = [self.keys] if self.values is None else [self.keys, self.values]
-        return [header, *(part.transpose(0, 1) for part in parts)]
+        scores = [] if self.score is None else [self.score]
+        return [header, *(part.transpose(0, 1) for part in parts), *scores]

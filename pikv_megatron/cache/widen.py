@@ -1,4 +1,4 @@
-"""Pools that grow: new pages come before the last one, the null page."""
+"""Pools that grow and shrink: the last page is always the null page."""
 
 from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
@@ -28,3 +28,15 @@ def widen_fields(pool: Fields, count: int) -> Fields:
     """`widen` for `KVPages` and sketches: pages lie along dimension 1, or 0 of one alone."""
     tensors = {name: t for name, t in pool._asdict().items() if isinstance(t, torch.Tensor)}
     return pool._replace(**{n: widen(t, count, min(1, t.dim() - 1)) for n, t in tensors.items()})
+
+
+def narrow(pool: torch.Tensor, kept: torch.Tensor, dim: int) -> torch.Tensor:
+    """The entries `kept` [k] and the last one of `dim`, in memory of their own."""
+    last = kept.new_tensor([pool.shape[dim] - 1])
+    return pool.index_select(dim, torch.cat([kept, last]))
+
+
+def narrow_fields(pool: Fields, kept: torch.Tensor) -> Fields:
+    """`narrow`, as `widen_fields`."""
+    tensors = {name: t for name, t in pool._asdict().items() if isinstance(t, torch.Tensor)}
+    return pool._replace(**{n: narrow(t, kept, min(1, t.dim() - 1)) for n, t in tensors.items()})

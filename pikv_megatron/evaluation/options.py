@@ -102,7 +102,8 @@ def _parser() -> ArgumentParser:
     add("--tasks", nargs="+", metavar="NAME",
         help=f"of {', '.join(TASKS)}; default: all that fit the model")
     add("--out", type=Path, metavar="DIR",
-        help="folder for results.json, report.md and report.html; what is there is not run again")
+        help="folder for results.json, report.md, report.html and held.svg, memory against "
+        "accuracy; what is there is not run again")
     add("--length", type=positive(int), default=1024, help="tokens of a sequence; default: 1024")
     add("--samples", type=positive(int), help="sequences of a task; default: 8, recall 24, text 16")
     add("--seed", type=int, default=0, help="of the tasks; default: 0")

@@ -118,6 +118,14 @@ class Engine:
             )
         self.context.release(self.kept.pop(sequence_id).cached)
 
+    def shrink(self) -> None:
+        """Give back the memory of pages that no sequence has or will need.
+
+        What is kept is copied once, pool by pool.
+        """
+        self.context.compact()
+        self.context.reserve([(s.cached, s.final_length) for s in self.running.values()])
+
     def reset(self) -> None:
         """End every sequence, and forget those that were kept."""
         self.context.reset()

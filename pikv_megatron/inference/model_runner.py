@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.inference.decode_graphs import DecodeGraphs, check_graphs, record_on_cuda
 from pikv_megatron.inference.schedule import Feed, FeedsByRank
 from pikv_megatron.transformer.context import PiKVInferenceContext
 
@@ -23,12 +24,25 @@ class ModelRunner:
         model: built from a spec that went through `pikv_layer_spec`.
         context: its cache.
         vocab_size: ids that may be chosen, the first ones of the model's.
+
+    Attributes:
+        graphs: what replays steps that only decode; None: nothing does.
+
+    Raises:
+        ValueError: `cuda_graphs` is set and a step of this model cannot be recorded.
     """
 
     def __init__(self, model: GPTModel, context: PiKVInferenceContext, vocab_size: int):
         self.model = model.eval()
         self.context = context
         self.vocab_size = vocab_size
+        # Of a step, not of a sequence: all sequences lie one behind the other.
+        context.materialize_only_last_token_logits = False
+        self.graphs: DecodeGraphs | None = None
+        weight = next(model.parameters())
+        if context.pikv_config.cuda_graphs and weight.is_cuda:
+            check_graphs(weight.dtype)
+            self.graphs = DecodeGraphs(context, self.feed, record_on_cuda())
 
     def forward(self, feeds: FeedsByRank) -> torch.Tensor:
         """Feed every rank's tokens. A rank without any takes part with one token of padding.
@@ -40,14 +54,22 @@ class ModelRunner:
         device = next(self.model.parameters()).device
         self.context.begin_step(rows, device)
         plan, own = self.context.plan, feeds[self.context.rank]
-        ids, last = self._token_ids(plan, own), self._last_tokens(plan, own)
-        with only_tokens(self.model, last):
-            logits = self.model(
-                ids.to(device), plan.tokens.positions.unsqueeze(0), None,
-                inference_context=self.context, runtime_gather_output=True,
-            )
+        ids, last = self._token_ids(plan, own).to(device), self._last_tokens(plan, own)
+        if plan.prefill.is_anywhere:
+            with only_tokens(self.model, last):
+                logits = self.feed(ids, plan)[: len(last), 0]
+        else:
+            feed = self.feed if self.graphs is None else self.graphs.feed
+            logits = feed(ids, plan)[0].index_select(0, last)
         self.context.finish_step()
-        return logits[: len(last), 0, : self.vocab_size]
+        return logits[:, : self.vocab_size]
+
+    def feed(self, ids: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """The model's logits [1, T, vocab] of tokens [1, T]."""
+        return self.model(
+            ids, plan.tokens.positions.unsqueeze(0), None, inference_context=self.context,
+            runtime_gather_output=True,
+        )
 
     def _token_ids(self, plan: StepPlan, own: list[Feed]) -> torch.Tensor:
         """[1, T], in the plan's order."""

@@ -1,4 +1,4 @@
-"""python -m pikv_megatron.planner; exits with 1 where a target does not fit, 2 where it is wrong."""
+"""python -m pikv_megatron.planner; exits 1 where a target does not fit, 2 where it is wrong."""
 
 import json
 import sys

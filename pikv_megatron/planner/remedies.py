@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.planner.plan import Plan
 from pikv_megatron.planner.target import ranks_that_divide
-from pikv_megatron.presets import preset_names
+from pikv_megatron.presets import preset_files
 
 
 def remedies(plan: Plan) -> list[str]:
@@ -21,7 +21,7 @@ def _ranks(plan: Plan) -> Iterator[str]:
 
 
 def _preset(plan: Plan) -> Iterator[str]:
-    fitting = [name for name in preset_names() if _fits(plan, pikv=PiKVConfig(preset=name))]
+    fitting = [name for name in preset_files() if _fits(plan, pikv=PiKVConfig(preset=name))]
     if fitting:
         yield f"--pikv {' or '.join(fitting)}"
 

@@ -7,6 +7,7 @@ widths of keys and values.
 from typing import NamedTuple
 
 from pikv_megatron.cache.layer_cache import LayerCache
+from pikv_megatron.cache.partial_states import num_words
 from pikv_megatron.cache.query_header import HeaderLayout
 from pikv_megatron.planner.planned_cache import PlannedCache
 from pikv_megatron.planner.target import Target
@@ -79,14 +80,14 @@ class _LayerTraffic:
     def combine(self) -> float:
         spec, target = self._layer.spec, self._target
         _, width = spec.sent_widths or (spec.kv.key_width, spec.kv.value_width)
-        numbers = width + 1  # and the log-sum-exp
+        words = num_words(width, spec.kv.dtype)
         if self._is_routed and self._layer.router.learns:
-            numbers += self._cache.placement.shards_per_rank
+            words += self._cache.placement.shards_per_rank
         if self._gathers:
             rows = target.num_ranks * target.num_own
         else:
             rows = target.batch * self._visited / target.num_ranks
-        return rows * spec.num_heads * numbers * WORD
+        return rows * spec.num_heads * words * WORD
 
     def flush(self) -> float:
         target, store = self._target, self._layer.store

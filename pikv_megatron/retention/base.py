@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from pikv_megatron.options import Options
+from pikv_megatron.retention.prompt import Prompt
 from pikv_megatron.types import PageStats
 
 
@@ -24,6 +25,10 @@ class RetentionPolicy(ABC):
     @abstractmethod
     def utility(self, stats: PageStats) -> torch.Tensor:
         """[r, m], float32, any where there is no page; of equals the newer page stays."""
+
+    def score(self, prompt: Prompt) -> torch.Tensor:
+        """[t], float32, of a prompt's tokens; asked of policies that `needs_scores`."""
+        raise NotImplementedError
 
     def drop(self, stats: PageStats, limit: torch.Tensor) -> torch.Tensor:
         """Pages to drop, [r, m], bool, so that at most limit [r, s] of each shard stay.

@@ -4,6 +4,7 @@ from pikv_megatron.options import family
 from pikv_megatron.retention.adakv import AdaKVOptions
 from pikv_megatron.retention.h2o import H2OOptions
 from pikv_megatron.retention.keep_all import KeepAllOptions
+from pikv_megatron.retention.kvpress import KVPressOptions
 from pikv_megatron.retention.lru import LRUOptions
 from pikv_megatron.retention.lru_plus import LRUPlusOptions
 from pikv_megatron.retention.snapkv import SnapKVOptions
@@ -11,5 +12,5 @@ from pikv_megatron.retention.streaming import StreamingOptions
 
 Retention = family(
     KeepAllOptions, H2OOptions, SnapKVOptions, StreamingOptions, LRUOptions, LRUPlusOptions,
-    AdaKVOptions,
+    AdaKVOptions, KVPressOptions,
 )

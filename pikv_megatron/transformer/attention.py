@@ -9,6 +9,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 
 from pikv_megatron.transformer.cached_attention import CachedAttention, by_row
+from pikv_megatron.transformer.layer_prompt import LayerPrompt
 from pikv_megatron.transformer.layer_shapes import sliding_window
 
 try:
@@ -35,7 +36,21 @@ class PiKVSelfAttention(CachedAttention, SelfAttention):
         query, key, value = self._project(hidden_states, rotary_pos_emb, plan)
         # Of the softmax's own logits it has one a head, learned, that is no token's.
         sink = getattr(self.core_attention, "softmax_offset", None)
-        return layer.attend(query, key, value, plan, sink)
+        output = layer.attend(query, key, value, plan, sink)
+        if layer.scores_prompts:
+            table = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+            hidden = by_row(hidden_states, plan.num_tokens)
+            layer.score(self._prompts(hidden, key, value, plan, table), plan)
+        return output
+
+    def _prompts(self, hidden, key, value, plan, table) -> list[LayerPrompt]:
+        """The step's prompts, of hidden states [t, h] and what was made of them."""
+        first, prompts = plan.decode.num_rows, []
+        for row in plan.prefill.rows:
+            tokens = slice(first + row.tokens.start, first + row.tokens.stop)
+            parts = (x[tokens] for x in (hidden, key, value))
+            prompts.append(LayerPrompt(self, *parts, row.past, table))
+        return prompts
 
     def value_outputs(self):
         groups = self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head

@@ -1,6 +1,8 @@
 """Megatron's static inference context, with the KV of its sequences sharded over the EP group."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Callable, Sequence
 
 import deepspeed.comm as dist
@@ -86,6 +88,16 @@ class PiKVInferenceContext(StaticInferenceContext):
         return [layer for layer in self.layers.values() if isinstance(layer, LayerCache)]
 
     @property
+    def num_pages(self) -> tuple[tuple[int, int], ...]:
+        """Of every layer's pools: they lie elsewhere once they have grown."""
+        return tuple(layer.num_pages for layer in self.sharded_layers)
+
+    @property
+    def most_pages(self) -> int:
+        """That a sequence can fill on one rank."""
+        return self.footprint.most_pages(self.max_sequence_length)
+
+    @property
     def keeps_experts(self) -> int:
         """Experts that are remembered for each token of a window; 0 without expert shards."""
         return self.pikv_config.replicas if self.pikv_config.expert_shards > 1 else 0
@@ -140,6 +152,11 @@ class PiKVInferenceContext(StaticInferenceContext):
         for layer, *pages in wanted:
             layer.reserve(*pages)
 
+    def compact(self) -> None:
+        """Give back the memory of pages that no sequence has, those reserved for one included."""
+        for layer in self.sharded_layers:
+            layer.compact()
+
     def begin_step(self, rows_by_rank: RowsByRank, device: torch.device) -> None:
         """Plan a step whose rows every rank knows.
 
@@ -154,6 +171,15 @@ class PiKVInferenceContext(StaticInferenceContext):
                 )
         self._driven = True
         self.plan = self._new_plan(rows_by_rank, device)
+
+    @contextmanager
+    def planned(self, plan: StepPlan) -> Iterator[None]:
+        """Let layers follow another plan of the running step."""
+        own, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = own
 
     def finish_step(self) -> None:
         """Move the sequences on, after the last layer."""
@@ -256,7 +282,10 @@ class PiKVInferenceContext(StaticInferenceContext):
             return SlidingCache(spec, self.max_batch_size)
         page_size, slots = self.pikv_config.page_size, self.max_batch_size
         max_pages = self.footprint.most_pages(self.max_sequence_length)
-        window = StreamWindow(spec.kv, slots, self.layout.size, self.keeps_experts)
+        window = StreamWindow(
+            spec.kv, slots, self.layout.size, self.keeps_experts,
+            spec.options.retention.needs_scores,
+        )
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,
             self.keeps_experts > 1,
@@ -275,7 +304,10 @@ class PiKVInferenceContext(StaticInferenceContext):
         return kind[self.pikv_config.dispatcher](self.ep_group)
 
     def _plan_for_engine(self, layer_number: int, hidden_states: torch.Tensor) -> None:
-        """Every row has `sequence_len_offset` cached tokens; ranks tell each other their rows."""
+        """Every row has `sequence_len_offset` cached tokens; ranks tell each other their rows.
+
+        Megatron allocates a new batch's whole capacity, and so does this.
+        """
         if self.plan is not None:
             self.plan.finish()
         self._first_layer = layer_number
@@ -288,6 +320,9 @@ class PiKVInferenceContext(StaticInferenceContext):
             every = gathered
         layout = every.view(self.num_ranks, -1).tolist()
         rows = [self._engine_rows(rank, *rows) for rank, rows in enumerate(layout)]
+        new = [row.sequence for own in rows for row in own if not row.past]
+        if new:
+            self.reserve([(sequence, self.max_sequence_length) for sequence in new])
         self.plan = self._new_plan(rows, hidden_states.device)
 
     def _engine_rows(self, rank: int, first: int, batch: int, count: int, past: int) -> list:

@@ -281,3 +281,38 @@ def test_a_failing_step_leaves_nothing_behind(engine, model, monkeypatch, where)
     check_empty(engine)
     (again,) = engine.add([EARLY[0]])
     assert again > kept and run(engine)[again] == without_cache(model, EARLY[0])
+
+
+SHRUNK = [
+    {},
+    {"retention": "h2o", "sketch": "bounding_box",
+     "selector": {"name": "budget", "share": 0.5, "tail": "mean"}},
+]
+
+
+def shrinks(num_ranks: int) -> None:
+    with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
+        for changes in SHRUNK:
+            pikv = PiKVConfig(**PIKV.model_dump(exclude_unset=True), **changes)
+            model, tokens = build(pg, pikv), []
+            for is_shrunk in (False, True):
+                engine = new_engine(pg, model, pikv=pikv)
+                ids = engine.add([Request([9] * 70, 4), Request([5, 9, 2] * 5, 40)])
+                before = run(engine, steps=16)
+                assert ids[0] not in engine.running
+                size = engine.context.bytes_by_part()["pages"]
+                if is_shrunk:
+                    engine.shrink()
+                    assert engine.context.bytes_by_part()["pages"] < size
+                    engine.context.check_integrity()
+                    size = engine.context.bytes_by_part()["pages"]
+                after = run(engine)
+                assert engine.context.bytes_by_part()["pages"] == size
+                tokens.append(before[ids[1]] + after[ids[1]])
+                check_empty(engine)
+            assert tokens[0] == tokens[1], changes
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_pools_shrink_to_what_running_sequences_need(num_ranks):
+    run_ranks(shrinks, num_ranks, num_ranks, timeout=200)

@@ -52,7 +52,8 @@ def test_one_rank_and_two_find_the_same_and_nothing_is_run_twice(folder, tmp_pat
             assert cell in done.stdout
         found.append(results(tmp_path / name))
         assert "| third |" in (tmp_path / name / "report.md").read_text()
-        assert "</svg>" in (tmp_path / name / "report.html").read_text()
+        for file in ("report.html", "held.svg"):
+            assert "</svg>" in (tmp_path / name / file).read_text()
     one, two = found
     check_records(one)
     for key, record in two.items():

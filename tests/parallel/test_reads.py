@@ -54,6 +54,9 @@ class DrawnSelector(PageSelector):
     def __init__(self, rank: int):
         self.generator = torch.Generator().manual_seed(100 + rank)
 
+    def num_columns(self, most_pages):
+        return most_pages
+
     def select(self, ask, may_read, most_pages):
         self.directory = ask.directory
         chosen = may_read & (torch.rand(may_read.shape, generator=self.generator) < 0.6)

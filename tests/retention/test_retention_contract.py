@@ -16,7 +16,8 @@ from pikv_megatron.retention.snapkv import SnapKVPolicy
 from pikv_megatron.retention.streaming import StreamingPolicy
 from pikv_megatron.types import PageStats
 
-POLICIES, BUDGETS = members(Retention), members(RetentionBudget)
+POLICIES = {name: kind for name, kind in members(Retention).items() if kind.extra is None}
+BUDGETS = members(RetentionBudget)
 
 
 def drawn_stats(num_sequences: int = 4, num_columns: int = 9) -> PageStats:
@@ -32,6 +33,7 @@ def drawn_stats(num_sequences: int = 4, num_columns: int = 9) -> PageStats:
         mass, seen, observed=torch.where(seen > 0, mass[..., 0], -1.0),
         last_used=newest + torch.randint(-9, 9, shape, generator=generator),
         uses=torch.rand(shape, generator=generator) * seen,
+        score=torch.rand(shape, generator=generator),
     )
 
 

@@ -7,25 +7,23 @@ from typing import Mapping, Sequence
 
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.config import PiKVConfig
+from pikv_megatron.presets import preset_files
 
 
-def read_caches(
-    texts: Sequence[str], configs: Path, taken: Sequence[str]
-) -> dict[str, PiKVConfig]:
+def read_caches(texts: Sequence[str], taken: Sequence[str]) -> dict[str, PiKVConfig]:
     """Read `--pikv`: each cache is named as its file is, without the ending.
 
     Args:
         texts: names of presets, or paths.
-        configs: folder of the presets' folder.
         taken: names of other contestants.
 
     Raises:
         ValueError: a name is taken, or a cache is no valid one for the ranks that were launched.
     """
     caches: dict[str, PiKVConfig] = {}
+    presets = preset_files()
     for text in texts:
-        preset = configs / f"pikv/{text}.yaml"
-        path = preset if preset.is_file() else Path(text)
+        path = presets.get(text, Path(text))
         if path.stem in (*taken, *caches):
             raise ValueError(f"--pikv {text}: another contestant is named {path.stem!r}, too")
         caches[path.stem] = _read_cache(path)

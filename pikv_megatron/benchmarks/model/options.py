@@ -96,7 +96,7 @@ def parse_options(argv: Sequence[str], configs: Path) -> BenchmarkOptions:
         ValueError: with one line that says what is wrong.
     """
     args = _parser(configs).parse_args(argv)
-    pikv = read_caches(args.pikv, configs, (GROUPED, SDPA, STOCK, TRANSFORMERS))
+    pikv = read_caches(args.pikv, (GROUPED, SDPA, STOCK, TRANSFORMERS))
     is_default = args.lengths is None and args.prompts is None
     options = BenchmarkOptions(
         architecture=_read_architecture(args.model),

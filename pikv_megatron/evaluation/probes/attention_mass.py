@@ -34,7 +34,7 @@ class AttentionMass:
     def __init__(self, context: PiKVInferenceContext):
         self._context = context
         layers = list(context.layers.values())
-        self._device = layers[0].tensors()[0].device
+        self._device = layers[0].spec.kv.device
         self._num_layers = len(layers)
         self._layers = {i: x for i, x in enumerate(layers) if isinstance(x, LayerCache)}
         self.is_probing = False

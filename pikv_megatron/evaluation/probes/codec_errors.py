@@ -34,10 +34,6 @@ class CodecErrors:
         for index, store in self._stores.items():
             store.on_seal = partial(self._compare, index)
 
-    def relative(self) -> Tensor:
-        """[layers, 2, ng], |x - x^| / |x|."""
-        return (self.lost / self.whole.clamp(min=1e-300)).sqrt()
-
     def _compare(
         self, index: int, keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor
     ) -> None:

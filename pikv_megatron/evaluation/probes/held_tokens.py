@@ -26,7 +26,7 @@ class HeldTokens:
 
     def __init__(self, context: PiKVInferenceContext):
         self._context, self._layers = context, list(context.layers.values())
-        self._device = self._layers[0].tensors()[0].device
+        self._device = self._layers[0].spec.kv.device
         self.reset()
 
     def reset(self) -> None:

@@ -23,7 +23,8 @@ TIMES = (
 NAMES = (
     "apple tiger copper violin pepper rocket marble candle falcon walnut anchor basket cactus "
     "dragon emerald feather ginger hammer insect jacket kettle lemon magnet needle orange pencil "
-    "quartz ribbon saddle tomato umbrella velvet wagon yogurt zebra acorn button camel diamond eagle"
+    "quartz ribbon saddle tomato umbrella velvet wagon yogurt zebra acorn button camel diamond "
+    "eagle"
 ).split()
 
 

@@ -1,0 +1,1 @@
+"""PiKV inside other projects' pipelines."""
