@@ -226,9 +226,14 @@ class KVShape(NamedTuple):
         return keys[..., : self.value_width] if values is None else values
 
     @property
+    def token_numbers(self) -> int:
+        """What is stored of a token."""
+        return sum(ng * width for ng, width in self.heads.values())
+
+    @property
     def token_bytes(self) -> int:
         """Of a token as computed."""
-        return sum(ng * width for ng, width in self.heads.values()) * self.dtype.itemsize
+        return self.token_numbers * self.dtype.itemsize
 
 
 class Directory(NamedTuple):

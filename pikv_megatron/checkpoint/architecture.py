@@ -185,6 +185,11 @@ class Architecture(BaseModel):
                 f"moe_router_num_groups {groups} must divide num_experts {self.num_experts}, and "
                 f"needs moe_router_group_topk, which is {chosen}"
             )
+        if groups is not None and self.moe_router_topk > chosen * (self.num_experts // groups):
+            raise ValueError(
+                f"moe_router_topk {self.moe_router_topk} exceeds the experts of "
+                f"moe_router_group_topk {chosen} groups"
+            )
         self._check_judges()
         if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
             raise ValueError("moe_shared_expert_gate needs moe_shared_expert_intermediate_size")

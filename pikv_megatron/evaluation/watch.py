@@ -23,7 +23,6 @@ from pikv_megatron.evaluation.probes.page_counter import PageCounter
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.teacher_forcing import Watcher
 from pikv_megatron.transformer.context import PiKVInferenceContext
-from pikv_megatron.types import KVShape
 
 DENSE_BYTES = 2  # of a number of a dense cache, bfloat16
 
@@ -96,7 +95,7 @@ class Watch(Watcher):
         by_shard, by_position, filled = map(self._sum, self._held.counts())
         lost, whole = map(self._sum, (self._errors.lost, self._errors.whole))
         mass, probes = self._sum(self._mass.mass), self._sum(self._mass.count)
-        token_bytes = DENSE_BYTES * sum(map(_numbers, self._shapes))
+        token_bytes = DENSE_BYTES * sum(kv.token_numbers for kv in self._shapes)
         return Figures(
             num_answers=round(answers),
             exact=exact / answers,
@@ -152,10 +151,6 @@ def _spread(task: Task) -> set[int]:
     places = (task.is_judged.any(0)[1:].nonzero().flatten() + 1).tolist()
     count = min(MOST_STEPS, len(places))
     return {places[i * len(places) // count] for i in range(count)}
-
-
-def _numbers(kv: KVShape) -> int:
-    return sum(num_groups * width for num_groups, width in kv.heads.values())
 
 
 def _shares(part: Tensor, whole: Tensor) -> list[float]:
