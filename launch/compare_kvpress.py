@@ -55,9 +55,13 @@ def run(options: CompareOptions) -> list:
     results = []
     with progress("caches", is_shown=True) as advance:
         for number, (name, budget, keep, press) in enumerate(found, 1):
-            scores = {task: judged(model, press, parts) for task, parts in options.tasks.items()}
+            advance(number - 1, len(found))
+            try:
+                scores = {task: judged(model, press, x) for task, x in options.tasks.items()}
+            except ValueError as error:  # a press that does not fit the model
+                print(f"{name} at {budget:g} is left out: {error}", file=sys.stderr)
+                continue
             results.append(Result(name, budget, keep, scores))
-            advance(number, len(found))
     return results
 
 
