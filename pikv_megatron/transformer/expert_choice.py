@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.router import TopKRouter
 
+# Ways to balance the load that say nothing of which experts are chosen; releases differ in others.
+PLAIN_BALANCING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+
 
 class ExpertChoice(NamedTuple):
     """
@@ -55,8 +58,11 @@ def choose_experts(router: TopKRouter, hidden_states: torch.Tensor) -> ExpertCho
 def _is_plain(router: TopKRouter) -> bool:
     """Whether it does no more than choose by score, and nobody listens to it."""
     config = router.config
+    balancing = router.routing_type
+    kinds = [balancing] if isinstance(balancing, str) else balancing
     return (
-        router.routing_type != "sinkhorn"
+        all(kind in PLAIN_BALANCING for kind in kinds)
+        and router.score_function in ("softmax", "sigmoid")
         and router.router_replay is None
         and config.moe_expert_capacity_factor is None
         and not config.moe_router_group_topk

@@ -62,6 +62,8 @@ def _is_plain(layer: TransformerLayer) -> bool:
         and config.mlp_chunks_for_prefill == 1
         and not config.fp32_residual_connection
         and not config.inference_fuse_tp_communication
+        # Megatron-Core 0.19's: a norm that returns two tensors.
+        and not getattr(config, "fused_residual_rmsnorm", False)
     )
 
 
