@@ -56,7 +56,7 @@ class TeacherForcing:
         self._vocab_size = vocab_size
         self._on_step, self._watcher = on_step, watcher
         self.device = next(model.parameters()).device
-        context.materialize_only_last_token_logits = False
+        context.keep_all_logits()
 
     def own(self, rows: Tensor) -> Tensor:
         """The rows of this home rank: they are dealt in turn."""

@@ -36,8 +36,7 @@ class ModelRunner:
         self.model = model.eval()
         self.context = context
         self.vocab_size = vocab_size
-        # Of a step, not of a sequence: all sequences lie one behind the other.
-        context.materialize_only_last_token_logits = False
+        context.keep_all_logits()
         self.graphs: DecodeGraphs | None = None
         weight = next(model.parameters())
         if context.pikv_config.cuda_graphs and weight.is_cuda:

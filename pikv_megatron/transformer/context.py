@@ -152,6 +152,15 @@ class PiKVInferenceContext(StaticInferenceContext):
         for layer, *pages in wanted:
             layer.reserve(*pages)
 
+    def keep_all_logits(self) -> None:
+        """Let the model give logits for all tokens of a step, as all sequences lie one behind the
+        other; Megatron keeps the last token's, by a switch that 0.19 moved to its `config`."""
+        switch = "materialize_only_last_token_logits"
+        owners = [self, getattr(self, "config", None)]
+        for owner in owners:
+            if hasattr(owner, switch):
+                setattr(owner, switch, False)
+
     def compact(self) -> None:
         """Give back the memory of pages that no sequence has, those reserved for one included."""
         for layer in self.sharded_layers:

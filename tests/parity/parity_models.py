@@ -71,7 +71,7 @@ def cached_logits(
     chunk: int,
 ) -> dict[int, torch.Tensor]:
     """[s, vocab] of this rank's sequences, fed in ragged prompt chunks, then token by token."""
-    context.materialize_only_last_token_logits = False
+    context.keep_all_logits()
     homes = [index % context.num_ranks for index in range(len(sequences))]
     live = [context.start(home) for home in homes]
     logits: dict[int, list] = {i: [] for i, home in enumerate(homes) if home == context.rank}

@@ -41,8 +41,7 @@ class PiKVContestant(Contestant):
         self.context = PiKVInferenceContext.for_model(
             model, pikv, -(-batch_size // num_ranks), workload.capacity
         )
-        # Of a step, not of a sequence: all sequences lie one behind the other.
-        self.context.materialize_only_last_token_logits = False
+        self.context.keep_all_logits()
         self._sequences = [self.context.start(i % num_ranks) for i in range(batch_size)]
         self._column = {self._sequences[i].slot: column for column, i in enumerate(self._own)}
         self.context.reserve([(s, workload.capacity) for s in self._sequences])
