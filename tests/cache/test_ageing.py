@@ -2,20 +2,23 @@
 
 import hypothesis.strategies as st
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from test_shard_store import MAX_PAGES, PLACEMENT, block, count_tokens, insert, new_store
 
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.placement import Placement
 
 SLOTS = torch.tensor([0, 1])
+# Masses are counted, and no page is over the budget.
+COUNTING = {"retention": "h2o", "budget": {"name": "share", "keep": 1.0}}
 
 
 @settings(deadline=None, max_examples=40)
+@example(page_size=2, level=0, young=3, levels=3, counts=[6, 60, 60, 60], retention=COUNTING)
 @given(
     page_size=st.sampled_from([2, 4, 6]), level=st.integers(0, 1), young=st.integers(1, 3),
     levels=st.integers(1, 3), counts=st.lists(st.integers(0, 60), min_size=1, max_size=6),
-    retention=st.sampled_from(["all", "h2o"]),
+    retention=st.sampled_from([{}, COUNTING]),
 )
 def test_every_token_counts_once_and_means_stay(
     page_size, level, young, levels, counts, retention
@@ -23,7 +26,7 @@ def test_every_token_counts_once_and_means_stay(
     """Without a query, attention is the mean of all values: pooling does not change it."""
     transform = {"name": "pyramidkv", "level": level, "young": young, "levels": levels}
     store = new_store(
-        PLACEMENT, page_size, num_slots=2, codec={"transform": transform}, retention=retention
+        PLACEMENT, page_size, num_slots=2, codec={"transform": transform}, **retention
     )
     values, first = [], 0
     for count in counts:
