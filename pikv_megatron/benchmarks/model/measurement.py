@@ -1,6 +1,5 @@
 """Lets all contestants decode behind one context length, and keeps what was measured."""
 
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import mean, median
@@ -18,9 +17,8 @@ from pikv_megatron.benchmarks.model.options import (
     SDPA,
     BenchmarkOptions,
 )
-from pikv_megatron.benchmarks.model.timing import Race, attention_clock
+from pikv_megatron.benchmarks.model.timing import CLOCKS, Race, attention_clock, of_ranks
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FIGURES = ("mean_ms", "median_ms", "attention_ms")
 
 
@@ -111,13 +109,13 @@ def measure(
         }
         race.run(last, on_step)
     calls, differences = _count_calls(contestants, counted, on_step), race.check()
-    timings = {
-        name: Timing(
-            [1e3 * s for s in seconds[name]], 1e3 * attention[name].seconds / extra, calls[name],
-            differences[name], contestant.is_lossless,
+    timings = {}
+    for name, contestant in contestants.items():
+        *steps, attending = of_ranks(options.clock, [*seconds[name], attention[name].seconds])
+        timings[name] = Timing(
+            [1e3 * s for s in steps], 1e3 * attending / extra, calls[name], differences[name],
+            contestant.is_lossless,
         )
-        for name, contestant in contestants.items()
-    }
     return Measurement(context_len, timings)
 
 

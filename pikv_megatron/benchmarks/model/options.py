@@ -43,7 +43,7 @@ class BenchmarkOptions:
         steps: timed steps, whole flush intervals.
         dtype: type of weights and caches.
         threads: of each rank; None: its share of the cores.
-        clock: "wall", or "cpu": the processor's time for this process alone.
+        clock: "wall", or "cpu": the processor's time for a rank, the mean over ranks.
         output: file for all figures, JSON.
         seed: of weights, keys, values and tokens.
     """
@@ -145,7 +145,7 @@ def _parser(configs: Path) -> ArgumentParser:
     add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
     add("--threads", type=positive(int), help="of each rank; default: its share of the cores")
     add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the processor's time for "
-        "this process, on a machine with other work; with one rank and --threads 1; default: wall")
+        "a rank, the mean over ranks, without what it waits; with --threads 1; default: wall")
     add("--output", type=Path, help="all figures, JSON")
     add("--seed", type=seed_number, default=0, help="of weights and tokens; default: 0")
     return parser
@@ -186,11 +186,10 @@ def _steps(steps: int | None, flush_interval: int) -> int:
 
 
 def _clock(args: argparse.Namespace) -> str:
-    is_alone = _is_one_rank() and not torch.cuda.is_available()
-    if args.clock == "cpu" and not (is_alone and args.threads == 1):
+    if args.clock == "cpu" and (args.threads != 1 or torch.cuda.is_available()):
         raise ValueError(
-            "--clock cpu needs --threads 1, one rank and no accelerator: it adds up the time of "
-            "threads, and stands still while this process waits"
+            "--clock cpu needs --threads 1 and no accelerator: it adds up the time of threads, and "
+            "stands still while a device works"
         )
     return args.clock
 
