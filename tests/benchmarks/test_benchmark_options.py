@@ -51,7 +51,7 @@ def test_names_the_file_of_a_broken_model(tmp_path):
 def test_defaults():
     options = parse()
     assert list(options.pikv) == ["lossless"] and options.lengths == ()
-    assert options.contexts == (1024, 8192, 32768) and options.batch_size == 1
+    assert options.contexts == (1024, 8192, 32768) and options.batch_sizes == (1,)
     assert options.steps == 64 and options.extra_steps == 16
     assert options.architecture.num_layers == 4 and options.architecture.hidden_size == 512
 
