@@ -16,7 +16,7 @@ from pikv_kernels.page_tiles import (
     scale_values,
 )
 
-# Columns that are looked at together for the last page of a sequence.
+# Columns that are looked at together for the first and the last page of a sequence.
 SCAN: tl.constexpr = tl.constexpr(512)
 
 
@@ -100,13 +100,16 @@ def attend_split(
     acc = tl.full([BLOCK_M, BLOCK_V], 0.0, tl.float32)
     start = tl.program_id(1) * pages_per_split
     limit = tl.minimum(start + pages_per_split, m)
-    # Padding behind the sequence's own last page is not gone through.
-    stop = start
+    # What lies before the sequence's own first page and behind its last one is not gone through: of
+    # pages of two ages, a list reads older columns, and another one newer ones.
+    stop, begin = start, limit
     for first in range(start, limit, SCAN):
         column = first + tl.arange(0, SCAN)
         length = tl.load(lens + sequence * m + column, mask=column < limit, other=0)
         stop = tl.maximum(stop, tl.max(tl.where(length > 0, column + 1, 0), 0))
-    for first in range(start, stop, TILE_PAGES):
+        begin = tl.minimum(begin, tl.min(tl.where(length > 0, column, limit), 0))
+    begin = tl.minimum(begin, stop)
+    for first in range(begin, stop, TILE_PAGES):
         column = first + lane // LANES
         listed = sequence * m + column
         length = tl.load(lens + listed, mask=column < stop, other=0)
@@ -209,6 +212,12 @@ def attend_split(
                 mask=is_row[:, None] & (page_column < stop)[None, :],
             )
     if page_lse is not None:
+        for first in range(start, begin, TILE_PAGES):
+            page_column = first + tl.arange(0, TILE_PAGES)
+            tl.store(
+                page_lse + place[:, None] * m + page_column[None, :], -float("inf"),
+                mask=is_row[:, None] & (page_column < begin)[None, :],
+            )
         for first in range(stop, limit, TILE_PAGES):
             page_column = first + tl.arange(0, TILE_PAGES)
             tl.store(

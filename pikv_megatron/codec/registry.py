@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from pikv_megatron.codec.codec import PageCodec
+from pikv_megatron.codec.format.aged import AgedOptions
 from pikv_megatron.codec.format.float8 import Float8Options
 from pikv_megatron.codec.format.int2 import Int2Options
 from pikv_megatron.codec.format.int3 import Int3Options
 from pikv_megatron.codec.format.int4 import Int4Options
 from pikv_megatron.codec.format.int8 import Int8Options
-from pikv_megatron.codec.format.mixed import MixedOptions
+from pikv_megatron.codec.format.mixed import MixedOptions, from_pair
 from pikv_megatron.codec.format.plain import PlainOptions
 from pikv_megatron.codec.rotation import RotatedTransform
 from pikv_megatron.codec.transform.chunkkv import ChunkKVOptions
@@ -32,7 +33,8 @@ Transform = family(
     PruningOptions, DistillationOptions, MixedTransformOptions, PyramidKVOptions,
 )
 Format = family(
-    PlainOptions, Float8Options, Int8Options, Int4Options, Int3Options, Int2Options, MixedOptions
+    PlainOptions, Float8Options, Int8Options, Int4Options, Int3Options, Int2Options, MixedOptions,
+    AgedOptions,
 )
 
 
@@ -48,9 +50,8 @@ class CodecOptions(Options):
     @field_validator("transform", "format", mode="before")
     @classmethod
     def _from_pair(cls, value: Any) -> Any:
-        """`{keys: int4, values: int2}` needs no name, nor do two transforms."""
-        is_pair = isinstance(value, dict) and value.keys() == {"keys", "values"}
-        return {"name": "mixed", **value} if is_pair else value
+        """Two formats need no name, nor do two transforms."""
+        return from_pair(value)
 
     def build(
         self, kv: KVShape, page_size: int, num_slots: int, moments: KVMoments | None = None
@@ -65,6 +66,11 @@ class CodecOptions(Options):
         """
         if kv.values_in_keys:
             self._refuse_unshared()
+        if self.transform.ageing is not None and self.format.older is not None:
+            raise ValueError(
+                f"codec.transform.young {self.transform.ageing.young} pools older pages, and "
+                f"codec.format aged packs them anew: leave out one of the two"
+            )
         transform = self.transform.build(kv, num_slots, moments)
         if self.rotation == "hadamard":
             transform = RotatedTransform(kv, transform)
@@ -83,7 +89,7 @@ class CodecOptions(Options):
         apart = [
             f"codec.{field} {name!r}" for field, name, is_asked in (
                 ("transform", "mixed", self.transform.name == "mixed"),
-                ("format", "mixed", self.format.name == "mixed"),
+                ("format", "mixed", any(x.name == "mixed" for x in self.format.parts)),
                 ("rotation", "hadamard", self.rotation == "hadamard"),
             ) if is_asked
         ]

@@ -22,9 +22,31 @@ class Packed(NamedTuple):
     zero: Tensor | None = None
 
 
+class Older(NamedTuple):
+    """How pages that are not among the newest are stored.
+
+    Attributes:
+        young: newest pages of a shard, which are not.
+        format: of the others.
+    """
+
+    young: int
+    format: "FormatOptions"
+
+
 class FormatOptions(Options):
     """Parameters of a format. `ops.seal_page` and `ops.decode_attention` read off the pages how
     they are packed, so a format is its allocation."""
+
+    @property
+    def older(self) -> Older | None:
+        """How older pages are stored; None: as they were sealed."""
+        return None
+
+    @property
+    def parts(self) -> tuple["FormatOptions", ...]:
+        """The formats of pages of all ages."""
+        return (self,)
 
     def check(self, page_size: int) -> None:
         """Refuse a page size that cannot be packed.

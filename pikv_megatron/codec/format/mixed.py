@@ -1,6 +1,6 @@
 """Keys in one format, values in another."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,12 @@ from pikv_megatron.options import family
 Single = family(
     PlainOptions, Float8Options, Int8Options, Int4Options, Int3Options, Int2Options
 )
+
+
+def from_pair(value: Any) -> Any:
+    """`{keys: int4, values: int2}` needs no name."""
+    is_pair = isinstance(value, dict) and value.keys() == {"keys", "values"}
+    return {"name": "mixed", **value} if is_pair else value
 
 
 class MixedOptions(FormatOptions):
