@@ -70,6 +70,7 @@ class LayerCache:
         self._dispatcher = dispatcher
         self._placement = placement
         self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+        self._wire = spec.options.codec.wire(spec.kv)
         self._chunk: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._maps = GROUPED
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -388,7 +389,9 @@ class LayerCache:
             copies = 1 if experts is None else experts.shape[1]
             owner = self._placement.owner(block.shard)
             counts = [count * copies for count in flush.counts]
-            block = block.unpacked(self._dispatcher.send(block.packed(), owner, counts))
+            block = block.sent(
+                self._wire, lambda rows: self._dispatcher.send(rows, owner, counts)
+            )
         stored = flush.once("stored", lambda: self.store.admit(block, flush.num_stored))
         self.store.insert(block, stored)
         if self.store.drops:

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.codec.format.aged import AgedOptions
+from pikv_megatron.codec.format.base import num_groups
 from pikv_megatron.codec.format.float8 import Float8Options
 from pikv_megatron.codec.format.int2 import Int2Options
 from pikv_megatron.codec.format.int3 import Int3Options
@@ -25,6 +26,7 @@ from pikv_megatron.codec.transform.moments import KVMoments
 from pikv_megatron.codec.transform.pruning import PruningOptions
 from pikv_megatron.codec.transform.pyramidkv import PyramidKVOptions
 from pikv_megatron.codec.transform.svd import SVDOptions
+from pikv_megatron.codec.wire import KEY_GROUP, Wire, WireSide
 from pikv_megatron.options import Options, family
 from pikv_megatron.types import KVShape
 
@@ -83,6 +85,18 @@ class CodecOptions(Options):
         self.format.check(page_size // pooled)
         return PageCodec(kv, page_size, transform, self.format, self.transform.ageing)
 
+    def wire(self, kv: KVShape) -> Wire:
+        """How tokens travel to their shards; `kv` as computed.
+
+        Values that are turned before they are packed would be rounded twice: they travel as keys.
+        """
+        has_keys, has_values = self.format.is_packed
+        is_turned = self.rotation != "none" or not isinstance(self.transform, IdentityOptions)
+        values = None
+        if has_values and not kv.values_in_keys:
+            values = self.format.wire_values(kv.value_width)
+            values = _coarse(kv.value_width) if is_turned else values
+        return Wire(_coarse(kv.key_width) if has_keys else None, values)
 
     def _refuse_unshared(self) -> None:
         """Latent attention stores values as columns of the keys."""
@@ -98,6 +112,10 @@ class CodecOptions(Options):
                 f"{apart[0]} treats keys and values apart, and the values of latent attention are "
                 "columns of its keys: leave it out for these layers"
             )
+
+
+def _coarse(width: int) -> WireSide:
+    return WireSide(8, num_groups(width, KEY_GROUP))
 
 
 def _from_none(value: Any) -> Any:

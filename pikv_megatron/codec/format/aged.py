@@ -47,6 +47,13 @@ class AgedOptions(FormatOptions):
         for part in self.parts:
             part.check(page_size)
 
+    def wire_values(self, width):
+        return self.new.wire_values(width)
+
+    @property
+    def is_packed(self):
+        return self.new.is_packed
+
     def packed_keys(self, kv, num_pages, page_size):
         return self.new.packed_keys(kv, num_pages, page_size)
 

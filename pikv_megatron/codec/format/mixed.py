@@ -35,6 +35,13 @@ class MixedOptions(FormatOptions):
         self.keys.check(page_size)
         self.values.check(page_size)
 
+    def wire_values(self, width):
+        return self.values.wire_values(width)
+
+    @property
+    def is_packed(self):
+        return self.keys.is_packed[0], self.values.is_packed[1]
+
     def packed_keys(self, kv, num_pages, page_size):
         return self.keys.packed_keys(kv, num_pages, page_size)
 
