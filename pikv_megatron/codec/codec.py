@@ -30,6 +30,7 @@ class PageCodec:
     Attributes:
         pooled: neighbours that are stored as one token when they are sealed.
         ageing: as given.
+        older: how older pages are packed; None: as they were.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class PageCodec:
     ):
         self._transform = transform
         self._format = page_format
-        self.ageing = ageing
+        self.ageing, self.older = ageing, page_format.older
         self._stored, self.pooled = kv, 1 if transform is None else transform.pooled
         if transform is not None:
             self._stored = kv._replace(
@@ -48,7 +49,14 @@ class PageCodec:
 
     def allocate(self, num_pages: int) -> KVPages:
         """An empty pool of `num_pages` pages."""
-        pages = self._format.allocate(self._stored, num_pages, self._page_size)
+        return self._allocate(self._format, num_pages)
+
+    def allocate_old(self, num_pages: int) -> KVPages:
+        """The same for older pages."""
+        return self._allocate(self.older.format, num_pages)
+
+    def _allocate(self, page_format: FormatOptions, num_pages: int) -> KVPages:
+        pages = page_format.allocate(self._stored, num_pages, self._page_size)
         if self.pooled > 1 or self.ageing is not None:
             logs = torch.zeros(num_pages, device=self._stored.device)
             pages = pages._replace(log_multiplicity=logs)
@@ -69,6 +77,15 @@ class PageCodec:
         if pages.log_multiplicity is not None:
             pages.log_multiplicity[page] = math.log(self.pooled << level)
 
+    def reseal(
+        self, pages: KVPages, page: torch.Tensor, old: KVPages, old_page: torch.Tensor
+    ) -> None:
+        """Write the pages `page` [c] of a pool to the places old_page [c] of one of older pages."""
+        keys, values = expand_pages(pages, page)
+        seal_page(keys, None if old.values is None else values, old, old_page)
+        if old.log_multiplicity is not None:
+            old.log_multiplicity[old_page] = pages.log_multiplicity[page]
+
     def levels(self, pages: KVPages, page: torch.Tensor) -> torch.Tensor:
         """Times that pages [...] were pooled after they were sealed, int64."""
         logs = pages.log_multiplicity[page] / math.log(2)
@@ -84,17 +101,17 @@ class PageCodec:
         return self._transform.decode(keys, values, slots)
 
     def attend(
-        self, query: torch.Tensor, sealed: PageList, plain: list[PageList], softmax_scale: float,
-        slots: torch.Tensor, with_mass: bool = False,
+        self, query: torch.Tensor, sealed: list[PageList], plain: list[PageList],
+        softmax_scale: float, slots: torch.Tensor, with_mass: bool = False,
     ) -> tuple[AttentionState, list[torch.Tensor] | None]:
-        """Attention of query [n, sq, np, hn] over sealed pages and over lists as computed.
+        """Attention of query [n, sq, np, hn] over lists of sealed pages and lists as computed.
 
         Returns:
             The attention; and the shares of it that the pages of each list have, sealed ones first,
             [n, sq, np, m], if asked.
         """
         if self._transform is None:
-            return decode_attention(query, [sealed, *plain], softmax_scale, with_mass)
+            return decode_attention(query, [*sealed, *plain], softmax_scale, with_mass)
         far, masses = self._attend_transformed(query, sealed, softmax_scale, slots, with_mass)
         if not plain:
             return far, masses
@@ -131,11 +148,11 @@ class PageCodec:
 
     def _attend_transformed(self, query, sealed, softmax_scale, slots, with_mass):
         absorbed, bias = self._transform.absorb(query, slots)
-        listed = self._stored_list(sealed)
+        lists = [self._stored_list(each) for each in sealed]
         if bias is not None:
-            listed = listed._replace(logit_bias=bias * softmax_scale)
+            lists = [each._replace(logit_bias=bias * softmax_scale) for each in lists]
         state, masses = decode_attention(
-            absorbed.to(query.dtype), [listed], softmax_scale, with_mass
+            absorbed.to(query.dtype), lists, softmax_scale, with_mass
         )
         out = self._transform.emit(state.out, slots)
         has_keys = (state.lse > -torch.inf).unsqueeze(3)

@@ -10,7 +10,7 @@ from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_rows import CachedSequence
 from pikv_megatron.transformer.context import PiKVInferenceContext
-from pikv_megatron.types import PageList
+from pikv_megatron.types import KVPages, PageList
 
 
 class PageCounter:
@@ -84,16 +84,16 @@ class PageCounter:
             return
         layer, num_pages = self._layers[index], (sealed.lens > 0).sum()
         self.read[index] += num_pages
-        self.read_bytes[index] += num_pages * page_bytes(layer)
+        for listed in layer.store.pool.lists(sealed):
+            self.read_bytes[index] += (listed.lens > 0).sum() * page_bytes(listed.pages)
         self.read_bytes[index] += opened.lens.sum() * layer.spec.kv.token_bytes
         if self.on_read is not None:
             self.on_read(index, reads, sealed, opened)
 
 
-def page_bytes(layer: LayerCache) -> int:
+def page_bytes(pages: KVPages) -> int:
     """Of keys and values of one page as they are stored, scales included."""
-    pool = layer.store.pool
-    return sum(t.nbytes for t in pool.kv.tensors) // len(pool.position)
+    return sum(t.nbytes for t in pages.tensors) // pages.keys.shape[1]
 
 
 def _sketch_bytes(layer: LayerCache) -> int:
