@@ -5,6 +5,7 @@ heads, m pages listed for a sequence.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -14,7 +15,9 @@ from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.expand_pages import expand_pages
 from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.ops.seal_page import seal_page
-from pikv_megatron.types import AttentionState, KVPages, KVShape, PageList
+from pikv_megatron.types import AttentionState, KVPages, KVShape, PageList, SharedRow
+
+LEAST_MASS = torch.finfo(torch.float32).tiny  # whose logarithm there is
 
 
 class PageCodec:
@@ -124,6 +127,27 @@ class PageCodec:
             mass * (lse - state.lse).exp().unsqueeze(3) for lse, part in by_part for mass in part
         ]
 
+    def page_logits(
+        self, query: torch.Tensor, sealed: PageList, softmax_scale: float, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """What query [n, np, hn] would find in sealed pages, from their keys alone.
+
+        Returns:
+            [n, np, m], float32, the log of each page's summed exponentials, -inf where none is
+            listed. A page that has less than 1e-38 of the whole's is said to have that.
+        """
+        query, (listed,) = self._absorbed(query.unsqueeze(1), [sealed], softmax_scale, slots)
+        # The attention is over the first channel of the keys, and is not looked at.
+        pages = listed.pages._replace(
+            values=None, value_scale=None, value_zero=None,
+            shared=SharedRow(listed.pages.page_size, 1),
+        )
+        state, (mass,) = decode_attention(
+            query, [listed._replace(pages=pages)], softmax_scale, with_mass=True
+        )
+        logit = mass.clamp(min=LEAST_MASS).log() + state.lse.unsqueeze(3)
+        return logit.squeeze(1).masked_fill_((sealed.lens == 0).unsqueeze(1), -torch.inf)
+
     @property
     def learns(self) -> bool:
         """Whether it has to be fitted."""
@@ -147,16 +171,30 @@ class PageCodec:
         return [] if self._transform is None else self._transform.tensors()
 
     def _attend_transformed(self, query, sealed, softmax_scale, slots, with_mass):
-        absorbed, bias = self._transform.absorb(query, slots)
-        lists = [self._stored_list(each) for each in sealed]
-        if bias is not None:
-            lists = [each._replace(logit_bias=bias * softmax_scale) for each in lists]
-        state, masses = decode_attention(
-            absorbed.to(query.dtype), lists, softmax_scale, with_mass
-        )
+        absorbed, lists = self._absorbed(query, sealed, softmax_scale, slots)
+        state, masses = decode_attention(absorbed, lists, softmax_scale, with_mass)
         out = self._transform.emit(state.out, slots)
         has_keys = (state.lse > -torch.inf).unsqueeze(3)
         return AttentionState(out * has_keys, state.lse), masses
+
+    def _absorbed(
+        self, query: torch.Tensor, sealed: Sequence[PageList], softmax_scale: float,
+        slots: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[PageList]]:
+        """A query [n, sq, np, hn] as it meets what is stored, and lists as they are stored."""
+        if self._transform is None:
+            return query, list(sealed)
+        absorbed, bias = self._transform.absorb(query, slots)
+        lists = [self._stored_list(each) for each in sealed]
+        if bias is not None:
+            bias = bias * softmax_scale
+            lists = [
+                each._replace(
+                    logit_bias=bias if each.logit_bias is None else bias + each.logit_bias
+                )
+                for each in lists
+            ]
+        return absorbed.to(query.dtype), lists
 
     def _stored_list(self, sealed: PageList) -> PageList:
         """A list of whole pages, with as many tokens as are stored of them."""
