@@ -52,16 +52,17 @@ class ShardStore:
         self.placement = placement
         self.page_size = page_size
         self.num_slots = num_slots
-        self.retention = options.retention.build()
+        self.retention = options.retention.build(spec.fitted)
         self._budget, self._kv = options.budget, kv
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
-        has_scores = options.retention.needs_scores
-        self.pool = PagePool(self._codec, page_size, has_replicas, has_scores, kv.device)
+        self._has_token_scores = options.retention.needs_scores
+        num_scores = 0 if self.retention is None else self.retention.num_scores
+        self.pool = PagePool(self._codec, page_size, has_replicas, num_scores, kv.device)
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
-        metadata |= {"score": torch.float32} if has_scores else {}
+        metadata |= {"score": torch.float32} if self._has_token_scores else {}
         self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
         self._open_pages = KVPages.plain(
             self.buffers.tensors["keys"], self.buffers.tensors.get("values"), kv.value_width
@@ -130,6 +131,8 @@ class ShardStore:
             )
             if self.statistics is not None:
                 self.statistics.join(*pair)
+            if self.pool.score is not None:
+                self.pool.score[pair[0]] = self.pool.score[pair].amax(dim=0)
             self._drop(slots, drop)
             drops.append(drop)
         return drops
@@ -149,7 +152,7 @@ class ShardStore:
         tokens = {name: getattr(block, name) for name in (*self._kv.heads, "position")}
         if self.pool.earlier_shards is not None:
             tokens["earlier"] = block.earlier_shards
-        if self.pool.score is not None:
+        if self._has_token_scores:
             tokens["score"] = block.score
         pages = self.buffers.insert(admission, tokens)
         if pages:
@@ -307,12 +310,14 @@ class ShardStore:
         self.pool.position[pages] = full["position"]
         if self.pool.earlier_shards is not None:
             self.pool.earlier_shards[pages] = full["earlier"]
-        if self.pool.score is not None:
-            self.pool.score[pages] = full["score"].mean(dim=1)
         if self.statistics is not None:
             self.statistics.start(pages)
         slots, keys = admission.page_row, full["keys"]
         values = self._kv.values_of(keys, full.get("values"))
+        if self._has_token_scores:
+            self.pool.score[pages] = full["score"].mean(dim=1, keepdim=True)
+        elif self.pool.score is not None:
+            self.pool.score[pages] = self.retention.score_pages(keys, values, full["position"])
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, keys, values)
         self._codec.seal(keys, values, self.pool.kv, pages, slots)

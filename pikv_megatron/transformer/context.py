@@ -26,6 +26,7 @@ from pikv_megatron.parallel.allgather import AllGatherDispatcher
 from pikv_megatron.parallel.alltoall import AllToAllDispatcher
 from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
 from pikv_megatron.sketch.none import NoSketchOptions
+from pikv_megatron.transformer.calibrated_model import check_calibrated_model
 from pikv_megatron.transformer.layer_shapes import layer_shapes
 
 STEP_OP = "pikv_step"
@@ -74,7 +75,13 @@ class PiKVInferenceContext(StaticInferenceContext):
         cls, model: GPTModel, config: PiKVConfig, max_batch_size: int, max_sequence_length: int,
         ep_group=None,
     ) -> "PiKVInferenceContext":
-        """The context of a model; by default over the model's own expert-parallel group."""
+        """The context of a model; by default over the model's own expert-parallel group.
+
+        Raises:
+            ValueError: as `PiKVConfig.resolve`, or the calibration is of another model.
+        """
+        if config.calibration is not None:
+            check_calibrated_model(config.calibration, model)
         group = model.pg_collection.ep if ep_group is None else ep_group
         return cls(
             max_batch_size, max_sequence_length, config, config.resolve(layer_shapes(model)),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calibrations import drawn_calibration
 from layer_caches import SHAPE
 
 from pikv_megatron import PiKVConfig
@@ -33,14 +34,14 @@ def drawn_stats(num_sequences: int = 4, num_columns: int = 9) -> PageStats:
         mass, seen, observed=torch.where(seen > 0, mass[..., 0], -1.0),
         last_used=newest + torch.randint(-9, 9, shape, generator=generator),
         uses=torch.rand(shape, generator=generator) * seen,
-        score=torch.rand(shape, generator=generator),
+        score=torch.rand(*shape, 1, generator=generator),
     )
 
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("limit", [0, 1, 4, 100])
 def test_as_many_pages_stay_as_the_limit_says(name, limit):
-    policy, stats = POLICIES[name]().build(), drawn_stats()
+    policy, stats = POLICIES[name]().build(drawn_calibration()), drawn_stats()
     if policy is None:
         return
     drop = policy.drop(stats, torch.full((4, 2), limit))
@@ -53,7 +54,7 @@ def test_as_many_pages_stay_as_the_limit_says(name, limit):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_a_shard_keeps_does_not_depend_on_the_others_of_its_rank(name):
-    policy, both = POLICIES[name]().build(), drawn_stats()
+    policy, both = POLICIES[name]().build(drawn_calibration()), drawn_stats()
     if policy is None:
         return
     together = policy.drop(both, torch.full((4, 2), 2))
