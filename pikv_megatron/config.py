@@ -27,6 +27,8 @@ class PiKVConfig(LayerOptions):
         hash_block: consecutive positions that share a token hash, b; None: `page_size`.
         replicas: shards that store each token, those of its best experts.
         num_sinks: first tokens of a sequence that stay in the home rank's stream window.
+        pinned: first tokens of a sequence, a system prompt say, whose pages retention never drops;
+            they fill the budget first.
         window: last tokens of a sequence that stay in the home rank's stream window.
         flush_interval: decode steps between two flushes from the window to the shards.
         prefill_chunk_size: prompt tokens that a home rank feeds in one forward pass.
@@ -52,6 +54,7 @@ class PiKVConfig(LayerOptions):
     hash_block: int | None = Field(None, ge=1)
     replicas: int = Field(1, ge=1)
     num_sinks: int = Field(4, ge=0)
+    pinned: int = Field(0, ge=0)
     window: int = Field(128, ge=0)
     flush_interval: int = Field(16, ge=1)
     prefill_chunk_size: int = Field(1024, ge=1)

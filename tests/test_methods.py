@@ -40,6 +40,7 @@ METHODS = {
     if options.extra is None  # tests/retention/test_kvpress.py has the other
 } | {
     "mass with a tail": {"selector": {"name": "mass", "tail": "mean"}},
+    "pinned": {"retention": "streaming", "pinned": 24},
     "pooled old pages": {
         "codec": {"transform": {"name": "pyramidkv", "level": 0, "young": 1}, "format": "int8"},
         "selector": "mass",

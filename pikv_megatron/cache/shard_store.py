@@ -17,6 +17,7 @@ from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.cache.page_statistics import PageStatistics
 from pikv_megatron.cache.page_table import PageTable
+from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
@@ -36,6 +37,7 @@ class ShardStore:
         num_slots: sequence slots of the whole group.
         max_pages: most pages that one sequence can fill on this rank.
         has_replicas: whether tokens can be stored in more than one shard.
+        pinned: what is never dropped.
 
     Attributes:
         on_read: told what queries read, as asked and as lists of pages and of token buffers; None:
@@ -46,14 +48,14 @@ class ShardStore:
 
     def __init__(
         self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
-        max_pages: int, has_replicas: bool,
+        max_pages: int, has_replicas: bool, pinned: Pinned = Pinned(),
     ):
         options, kv = spec.options, spec.kv
         self.placement = placement
         self.page_size = page_size
         self.num_slots = num_slots
         self.retention = options.retention.build(spec.fitted)
-        self._budget, self._kv = options.budget, kv
+        self._budget, self._kv, self._pinned = options.budget, kv, pinned
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
@@ -108,7 +110,8 @@ class ShardStore:
             most_pages = self._codec.ageing.most(most_pages, self._shards)
         if self.retention is None:
             return most_pages
-        return self._budget.most(most_pages, self._shards)
+        most_kept = self._budget.most(most_pages, self._shards) + self._pinned.most_pages
+        return min(most_pages, most_kept)
 
     @property
     def drops(self) -> bool:
@@ -233,6 +236,10 @@ class ShardStore:
         stats = self._stats(slots, most_pages)
         filled = self.ledger.num_tokens[:-1].view(-1, self._shards)[slots] // self.page_size
         limit = self._budget.limit(filled)
+        if self._pinned.num_tokens:
+            pages = self.table.page[slots, :most_pages].where(stats.is_page, self.pool.null_page)
+            oldest = self.pool.position[pages, 0].long()
+            stats, limit = self._pinned.set_aside(stats, oldest, limit)
         drop = self.retention.drop(stats, limit)
         self._drop(slots, drop)
         return drop

@@ -7,9 +7,11 @@ PIECES, PIECE_BYTES = 16, 1 << 16
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 of `config.json`, and of the names, sizes and 16 pieces of every file of weights."""
+    """SHA-256 of `config.json`, and of the names, sizes and 16 pieces of the files of weights."""
     found = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted(directory.glob("*.safetensors")):
+    # A calibration may lie beside them.
+    files = list(directory.glob("model*.safetensors")) or list(directory.glob("*.safetensors"))
+    for path in sorted(files):
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

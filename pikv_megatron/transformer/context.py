@@ -14,6 +14,7 @@ from pydantic import ByteSize
 from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.layer_cache import LayerCache
+from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.sliding_cache import SlidingCache
@@ -304,7 +305,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         )
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,
-            self.keeps_experts > 1,
+            self.keeps_experts > 1, Pinned.of(self.pikv_config.pinned, self.footprint),
         )
         directory = None
         if not isinstance(spec.options.sketch, NoSketchOptions):
