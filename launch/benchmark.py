@@ -53,7 +53,7 @@ def run(options: BenchmarkOptions) -> BenchmarkResult:
     groups = init_process_groups(expert_parallel_size=int(os.environ.get("WORLD_SIZE", "1")))
     models = build_models(options, groups)
     device = next(models[options.names[0]].parameters()).device
-    latency_ms = collective_latency_ms(groups.ep, device)
+    latency_ms = collective_latency_ms(groups.ep, device, options.clock)
     measurements = [
         measure_at(options, models, length, batch_size)
         for length in options.contexts for batch_size in options.batch_sizes

@@ -116,6 +116,20 @@ class KVPages(_PageTensors):
         return 8 * self.values.shape[2] // self.page_size
 
 
+class KeyTurn(NamedTuple):
+    """RoPE of keys that are stored before it: what turns them when they are read.
+
+    Attributes:
+        position: [q, S], int32, of the tokens of pages.
+        rows: [n, m], int64, where in `position` each listed page is found.
+        angles: cosines and sines, see `ops.turn_keys.angle_table`.
+    """
+
+    position: Tensor
+    rows: Tensor
+    angles: Tensor
+
+
 class PageList(NamedTuple):
     """Which pages of a pool each sequence reads, and how much of them.
 
@@ -125,6 +139,7 @@ class PageList(NamedTuple):
         lens: [n, m], int32, tokens of the page that are read, its first ones.
         token_mask: [n, m, S], bool, False hides a token of those; None hides none.
         logit_bias: [n, sq, np], float32, added to every logit of these pages (affine codecs).
+        turn: what turns their keys to their positions; None: they are stored so.
     """
 
     pages: KVPages
@@ -132,6 +147,7 @@ class PageList(NamedTuple):
     lens: Tensor
     token_mask: Tensor | None = None
     logit_bias: Tensor | None = None
+    turn: KeyTurn | None = None
 
 
 class MeanKeySketch(NamedTuple):

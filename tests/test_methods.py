@@ -41,6 +41,10 @@ METHODS = {
     "keys first": {
         "sketch": "keys", "selector": {"name": "mass", "tail": "mean"}, "codec": {"format": "int4"},
     },
+    "keys of aged pages": {
+        "sketch": "keys", "selector": "mass",
+        "codec": {"format": {"name": "aged", "young": 1, "new": "int8", "old": "int4"}},
+    },
     "pooled old pages": {
         "codec": {"transform": {"name": "pyramidkv", "level": 0, "young": 1}, "format": "int8"},
         "selector": "mass",
@@ -59,11 +63,13 @@ LOSSLESS = [
 ]
 # Pages are few here, and the paper's K is 16 a shard.
 KEEPS_MOST = "retention all", "budget pages"
-# An owner learns a basis from the pages that it has.
-EVERYWHERE_ALIKE = "codec.transform identity", "codec.transform pyramidkv"
+# An owner learns a basis from the pages that it has, and tokens travel to it in fewer bits where
+# their pages are packed.
+EVERYWHERE_ALIKE = "codec.transform identity", "codec.transform pyramidkv", "codec.format plain"
 BY_RANK = [
     name for name in METHODS
-    if name == "everything" or name.startswith("codec.transform") and name not in EVERYWHERE_ALIKE
+    if name in ("everything", "pooled old pages")
+    or name.startswith("codec.") and name not in EVERYWHERE_ALIKE
 ]
 
 

@@ -74,6 +74,7 @@ class LayerCache:
         self._placement = placement
         self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.on_bound: Callable[[torch.Tensor], None] | None = None
+        self._wire = spec.options.codec.wire(spec.kv)
         self._chunk: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._maps = GROUPED
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -189,10 +190,12 @@ class LayerCache:
                 self.window.write_scores(writes.slots, writes.places, self._scores[writes.source])
         self._chunk = self._prompts = self._scores = None
 
-    def reserve(self, num_owned: int, num_noted: int, num_columns: int) -> None:
-        """Allocate pages on this rank, room in the directory for pages of its sequences, and what
-        steps hold of the pages that a sequence has here, at most."""
-        self.store.reserve(num_owned)
+    def reserve(
+        self, num_owned: int, num_noted: int, num_columns: int, num_old: int = 0
+    ) -> None:
+        """Allocate pages on this rank, of which `num_old` grow old, room in the directory for pages
+        of its sequences, and what steps hold of the pages that a sequence has here, at most."""
+        self.store.reserve(num_owned, num_old)
         if self.directory is not None:
             self.directory.reserve(num_noted)
         if self._last_lse is not None:
@@ -205,14 +208,16 @@ class LayerCache:
             self.directory.compact()
 
     @property
-    def num_pages(self) -> tuple[int, int]:
+    def num_pages(self) -> tuple[int, ...]:
         """Pages that there is room for here, and that the directory has room for."""
         noted = 0 if self.directory is None else len(self.directory.shard)
-        return self.store.pool.null_page, noted
+        return *self.store.pool.sizes, noted
 
-    def growth_bytes(self, num_owned: int, num_noted: int, num_columns: int) -> int:
+    def growth_bytes(
+        self, num_owned: int, num_noted: int, num_columns: int, num_old: int = 0
+    ) -> int:
         """What `reserve` would allocate."""
-        growth = self.store.growth_bytes(num_owned)
+        growth = self.store.growth_bytes(num_owned, num_old)
         if self.directory is not None:
             growth += self.directory.growth_bytes(num_noted)
         if self._last_lse is not None:
@@ -430,13 +435,16 @@ class LayerCache:
             copies = 1 if experts is None else experts.shape[1]
             owner = self._placement.owner(block.shard)
             counts = [count * copies for count in flush.counts]
-            block = block.unpacked(self._dispatcher.send(block.packed(), owner, counts))
+            block = block.sent(
+                self._wire, lambda rows: self._dispatcher.send(rows, owner, counts)
+            )
         stored = flush.once("stored", lambda: self.store.admit(block, flush.num_stored))
         self.store.insert(block, stored)
         if self.store.drops:
             if self.store.statistics is not None and self._prompts is not None:
                 self._observe(plan)
             self._prune(plan)
+        self.store.grow_old(flush.numbers.all_slots, flush.most_pages)
 
     def _observe(self, plan: StepPlan) -> None:
         """Let the prompts' last queries judge every page, those just sealed included.

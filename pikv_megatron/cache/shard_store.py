@@ -10,7 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from pikv_megatron.cache.ageing import pool_level
+from pikv_megatron.cache.aged_pool import AgedPagePool
+from pikv_megatron.cache.ageing import old_pages, pool_level
 from pikv_megatron.cache.first_pages import fit_new
 from pikv_megatron.cache.ledger import Admission, PageLedger
 from pikv_megatron.cache.owner_reads import OwnerReads
@@ -59,7 +60,8 @@ class ShardStore:
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
         has_scores = options.retention.needs_scores
-        self.pool = PagePool(self._codec, page_size, has_replicas, has_scores, kv.device)
+        kind = PagePool if self._codec.older is None else AgedPagePool
+        self.pool = kind(self._codec, page_size, has_replicas, has_scores, kv.device)
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
         metadata |= {"score": torch.float32} if has_scores else {}
@@ -79,10 +81,11 @@ class ShardStore:
         self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
 
-    def reserve(self, num_pages: int) -> None:
-        """See that `num_pages` pages are free before any token is computed."""
+    def reserve(self, num_pages: int, num_old: int = 0) -> None:
+        """See that `num_pages` pages are free before any token is computed, `num_old` of them for
+        what grows old."""
         self._lists.clear()
-        grown = self.pool.reserve(num_pages)
+        grown = self.pool.reserve(num_pages, num_old)
         if grown and self.statistics is not None:
             self.statistics.widen(grown)
 
@@ -94,9 +97,9 @@ class ShardStore:
         if self.statistics is not None:
             self.statistics.compact(kept, number)
 
-    def growth_bytes(self, num_pages: int) -> int:
+    def growth_bytes(self, num_pages: int, num_old: int = 0) -> int:
         """What `reserve` would allocate."""
-        own = self.pool.growth_bytes(num_pages)
+        own = self.pool.growth_bytes(num_pages, num_old)
         if self.statistics is None:
             return own
         return own + self.statistics.growth_bytes(self.pool.free.missing(num_pages))
@@ -110,10 +113,21 @@ class ShardStore:
             return most_pages
         return self._budget.most(most_pages, self._shards)
 
+    def num_old(self, num_columns: int) -> int:
+        """Those of a sequence's pages that are stored as older ones are, if all shards have as
+        many."""
+        older = self._codec.older
+        return 0 if older is None else max(0, num_columns - older.young * self._shards)
+
     @property
     def drops(self) -> bool:
         """Whether pages are given back before their sequence ends."""
         return self.num_verdicts > 0
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether what a step fills takes, for the moment, more than is left of it."""
+        return self.drops or self._codec.older is not None
 
     @property
     def num_verdicts(self) -> int:
@@ -134,6 +148,17 @@ class ShardStore:
             self._drop(slots, drop)
             drops.append(drop)
         return drops
+
+    def grow_old(self, slots: torch.Tensor, most_pages: int) -> None:
+        """Store pages of sequences [r] that are among the newest no longer as older ones."""
+        older = self._codec.older
+        if older is not None:
+            self._lists.clear()
+            pages = self.table.page[slots, :most_pages]
+            is_old = old_pages(self._stats(slots, most_pages), older.young)
+            moved = pages[is_old & (self.pool.place[pages] >= 0)]
+            if moved.numel():
+                self.pool.grow_old(moved)
 
     def admit(self, block: TokenBlock, num_pages: int | None = None) -> Admission:
         """Number tokens, the same in every layer that places them alike; `num_pages` as of the
@@ -166,10 +191,7 @@ class ShardStore:
             near: lists that are attended to besides, in the same softmax.
         """
         sealed, opened = self._list(reads)
-        return self._codec.attend(
-            query, sealed, [opened, *near], self._softmax_scale, reads.slots,
-            drawn=self._drawn(reads),
-        )[0]
+        return self._attend(query, reads, sealed, [opened, *near])[0]
 
     def attend_decoding(
         self, query: torch.Tensor, reads: OwnerReads, near: list[PageList],
@@ -189,9 +211,7 @@ class ShardStore:
         if self.statistics is None and not by_shard:
             return self.attend(query, reads, near), None
         sealed, opened = self._list(reads)
-        state, (mass, of_open, *_) = self._codec.attend(
-            query, sealed, [opened, *near], self._softmax_scale, reads.slots, with_mass=True
-        )
+        state, mass, (of_open, *_) = self._attend(query, reads, sealed, [opened, *near], True)
         if self.statistics is not None:
             pages = torch.where(sealed.lens > 0, sealed.table, -1)
             self._count(reads, pages, mass[:, 0], state.lse[:, 0], last_lse)
@@ -208,7 +228,8 @@ class ShardStore:
             "sealed", None if reads.key is None else (num_columns, reads.key),
             lambda: self._sealed(reads, num_columns),
         )
-        return self._codec.page_logits(query, sealed, self._softmax_scale, reads.slots)
+        lists = self.pool.lists(sealed)
+        return self._codec.page_logits(query, lists, self._softmax_scale, reads.slots)
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
         """Count the masses of a prompt's last queries.
@@ -220,9 +241,7 @@ class ShardStore:
                 the position of its last query.
         """
         sealed = self._sealed(reads, reads.num_columns)
-        state, (mass,) = self._codec.attend(
-            query, sealed, [], self._softmax_scale, reads.slots, with_mass=True
-        )
+        state, mass, _ = self._attend(query, reads, sealed, [], with_mass=True)
         shares = mass * (state.lse - lse).exp().unsqueeze(3)
         pages = torch.where(sealed.lens > 0, sealed.table, -1)
         age = torch.arange(query.shape[1] - 1, -1, -1, device=query.device)
@@ -249,7 +268,7 @@ class ShardStore:
     def release(self, slot: int) -> None:
         """Give back every page and buffer of a sequence."""
         self._lists.clear()
-        self.pool.free.release(self.table.pages_of(slot))
+        self.pool.release(self.table.pages_of(slot))
         self.table.clear(slot)
         self.ledger.clear(slot)
         # The next sequence reads around what is left there: it must be finite.
@@ -262,7 +281,7 @@ class ShardStore:
     def parts(self) -> dict[str, list[torch.Tensor]]:
         """All tensors, by what they are for."""
         return {
-            "pages": self.pool.kv.tensors,
+            "pages": self.pool.payload(),
             "codecs": self._codec.tensors(),
             "buffers": list(self.buffers.tensors.values()),
             "tables": self.table.tensors() + self.ledger.tensors() + self.pool.metadata(),
@@ -282,7 +301,7 @@ class ShardStore:
         self, pages: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [ng, c, S, w] that pages [c] of the sequences `slots` [c] stand for."""
-        return self._codec.restore(self.pool.kv, pages, slots)
+        return self.pool.restore(self._codec, pages, slots)
 
     def check_integrity(self) -> None:
         """Every page is free or in exactly one table, and the counts agree."""
@@ -291,6 +310,7 @@ class ShardStore:
         assert torch.equal(every, torch.arange(self.pool.null_page, device=every.device)), (
             "pages lost or held twice"
         )
+        self.pool.check_integrity()
         full = self.ledger.num_tokens[:-1] // self.page_size
         filled = full.view(self.num_slots, -1).sum(1)
         assert torch.equal(filled, self.ledger.num_pages), "page counts disagree with token counts"
@@ -308,10 +328,29 @@ class ShardStore:
         """Times that pages are pooled as they age."""
         return 0 if self._codec.ageing is None else self._codec.ageing.levels
 
+    def _attend(
+        self, query: torch.Tensor, reads: OwnerReads, sealed: PageList, plain: list[PageList],
+        with_mass: bool = False,
+    ) -> tuple[AttentionState, torch.Tensor | None, list[torch.Tensor]]:
+        """The attention, and if asked for the masses of the sealed pages and of the other lists."""
+        lists = self._kept(
+            "lists", None if reads.key is None or not reads.is_everything
+            else (sealed.table.shape[1], reads.key),
+            lambda: self.pool.lists(sealed),
+        )
+        drawn = [part for each in self._drawn(reads) for part in self.pool.lists(each)]
+        state, masses = self._codec.attend(
+            query, [*lists, *drawn], plain, self._softmax_scale, reads.slots, with_mass
+        )
+        if masses is None:
+            return state, None, []
+        # A page is read through one of the lists, and has no mass in the others.
+        return state, sum(masses[1 : len(lists)], masses[0]), masses[len(lists) :]
+
     def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
         """Store the pages that became full, and list them."""
         self.reserve(admission.is_page.numel())
-        pages = self.pool.free.allocate(admission.is_page)
+        pages = self.pool.allocate(admission.is_page)
         self.table.append(admission.page_row, admission.page_order, pages, admission.is_page)
         local = admission.page_group % self._shards
         shard = local * self.placement.num_ranks + self.placement.rank
@@ -327,7 +366,7 @@ class ShardStore:
         values = self._kv.values_of(keys, full.get("values"))
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, keys, values)
-        self._codec.seal(keys, values, self.pool.kv, pages, slots)
+        self._codec.seal(keys, values, self.pool.kv, self.pool.places(pages), slots)
         if self.on_seal is not None:
             real = admission.is_page.nonzero().squeeze(1)
             self.on_seal(keys[:, real], values[:, real], pages[real], slots[real])
@@ -336,7 +375,7 @@ class ShardStore:
         """Give pages [r, m] back."""
         pages, is_dropped = (x.flatten() for x in self.table.apply(slots, drop))
         if pages.numel():
-            self.pool.free.release_some(pages, is_dropped)
+            self.pool.release_some(pages, is_dropped)
             if self.statistics is not None:
                 self.statistics.forget(pages, is_dropped)
 

@@ -5,7 +5,6 @@ heads, m pages listed for a sequence.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -33,6 +32,7 @@ class PageCodec:
     Attributes:
         pooled: neighbours that are stored as one token when they are sealed.
         ageing: as given.
+        older: how older pages are packed; None: as they were.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class PageCodec:
     ):
         self._transform = transform
         self._format = page_format
-        self.ageing = ageing
+        self.ageing, self.older = ageing, page_format.older
         self._stored, self.pooled = kv, 1 if transform is None else transform.pooled
         if transform is not None:
             self._stored = kv._replace(
@@ -51,7 +51,14 @@ class PageCodec:
 
     def allocate(self, num_pages: int) -> KVPages:
         """An empty pool of `num_pages` pages."""
-        pages = self._format.allocate(self._stored, num_pages, self._page_size)
+        return self._allocate(self._format, num_pages)
+
+    def allocate_old(self, num_pages: int) -> KVPages:
+        """The same for older pages."""
+        return self._allocate(self.older.format, num_pages)
+
+    def _allocate(self, page_format: FormatOptions, num_pages: int) -> KVPages:
+        pages = page_format.allocate(self._stored, num_pages, self._page_size)
         if self.pooled > 1 or self.ageing is not None:
             logs = torch.zeros(num_pages, device=self._stored.device)
             pages = pages._replace(log_multiplicity=logs)
@@ -72,6 +79,15 @@ class PageCodec:
         if pages.log_multiplicity is not None:
             pages.log_multiplicity[page] = math.log(self.pooled << level)
 
+    def reseal(
+        self, pages: KVPages, page: torch.Tensor, old: KVPages, old_page: torch.Tensor
+    ) -> None:
+        """Write the pages `page` [c] of a pool to the places old_page [c] of one of older pages."""
+        keys, values = expand_pages(pages, page)
+        seal_page(keys, None if old.values is None else values, old, old_page)
+        if old.log_multiplicity is not None:
+            old.log_multiplicity[old_page] = pages.log_multiplicity[page]
+
     def levels(self, pages: KVPages, page: torch.Tensor) -> torch.Tensor:
         """Times that pages [...] were pooled after they were sealed, int64."""
         logs = pages.log_multiplicity[page] / math.log(2)
@@ -87,24 +103,18 @@ class PageCodec:
         return self._transform.decode(keys, values, slots)
 
     def attend(
-        self, query: torch.Tensor, sealed: PageList, plain: list[PageList], softmax_scale: float,
-        slots: torch.Tensor, with_mass: bool = False, drawn: Sequence[PageList] = (),
+        self, query: torch.Tensor, sealed: list[PageList], plain: list[PageList],
+        softmax_scale: float, slots: torch.Tensor, with_mass: bool = False,
     ) -> tuple[AttentionState, list[torch.Tensor] | None]:
-        """Attention of query [n, sq, np, hn] over sealed pages and over lists as computed.
-
-        Args:
-            drawn: further sealed pages, whose `logit_bias` says what they count for; not with
-                masses.
+        """Attention of query [n, sq, np, hn] over lists of sealed pages and lists as computed.
 
         Returns:
             The attention; and the shares of it that the pages of each list have, sealed ones first,
             [n, sq, np, m], if asked.
         """
         if self._transform is None:
-            return decode_attention(query, [sealed, *plain, *drawn], softmax_scale, with_mass)
-        far, masses = self._attend_transformed(
-            query, [sealed, *drawn], softmax_scale, slots, with_mass
-        )
+            return decode_attention(query, [*sealed, *plain], softmax_scale, with_mass)
+        far, masses = self._attend_transformed(query, sealed, softmax_scale, slots, with_mass)
         if not plain:
             return far, masses
         near, others = decode_attention(query, plain, softmax_scale, with_mass)
@@ -117,25 +127,32 @@ class PageCodec:
         ]
 
     def page_logits(
-        self, query: torch.Tensor, sealed: PageList, softmax_scale: float, slots: torch.Tensor
+        self, query: torch.Tensor, sealed: list[PageList], softmax_scale: float,
+        slots: torch.Tensor,
     ) -> torch.Tensor:
         """What query [n, np, hn] would find in sealed pages, from their keys alone.
+
+        Args:
+            sealed: lists of as many columns, of which one reads a page.
 
         Returns:
             [n, np, m], float32, the log of each page's summed exponentials, -inf where none is
             listed. A page that has less than 1e-38 of the whole's is said to have that.
         """
-        query, (listed,) = self._absorbed(query.unsqueeze(1), [sealed], softmax_scale, slots)
+        query, lists = self._absorbed(query.unsqueeze(1), sealed, softmax_scale, slots)
         # The attention is over the first channel of the keys, and is not looked at.
-        pages = listed.pages._replace(
-            values=None, value_scale=None, value_zero=None,
-            shared=SharedRow(listed.pages.page_size, 1),
-        )
-        state, (mass,) = decode_attention(
-            query, [listed._replace(pages=pages)], softmax_scale, with_mass=True
-        )
+        lists = [
+            each._replace(pages=each.pages._replace(
+                values=None, value_scale=None, value_zero=None,
+                shared=SharedRow(each.pages.page_size, 1),
+            ))
+            for each in lists
+        ]
+        state, masses = decode_attention(query, lists, softmax_scale, with_mass=True)
+        mass = sum(masses[1:], masses[0])
         logit = mass.clamp(min=LEAST_MASS).log() + state.lse.unsqueeze(3)
-        return logit.squeeze(1).masked_fill_((sealed.lens == 0).unsqueeze(1), -torch.inf)
+        is_none = sum(each.lens for each in sealed) == 0
+        return logit.squeeze(1).masked_fill_(is_none.unsqueeze(1), -torch.inf)
 
     @property
     def learns(self) -> bool:
@@ -167,12 +184,12 @@ class PageCodec:
         return AttentionState(out * has_keys, state.lse), masses
 
     def _absorbed(
-        self, query: torch.Tensor, sealed: Sequence[PageList], softmax_scale: float,
+        self, query: torch.Tensor, sealed: list[PageList], softmax_scale: float,
         slots: torch.Tensor,
     ) -> tuple[torch.Tensor, list[PageList]]:
         """A query [n, sq, np, hn] as it meets what is stored, and lists as they are stored."""
         if self._transform is None:
-            return query, list(sealed)
+            return query, sealed
         absorbed, bias = self._transform.absorb(query, slots)
         lists = [self._stored_list(each) for each in sealed]
         if bias is not None:

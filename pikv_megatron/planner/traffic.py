@@ -96,7 +96,8 @@ class _LayerTraffic:
     def flush(self) -> float:
         target, store = self._target, self._layer.store
         pikv, ranks = target.pikv, target.num_ranks
-        token = TOKEN_HEADER + self._layer.spec.kv.token_bytes
+        kv = self._layer.spec.kv
+        token = TOKEN_HEADER + self._layer.spec.options.codec.wire(kv).token_bytes(kv)
         tokens = float(target.num_own * token * self._cache.footprint.copies)
         per_flush = 0 if self._gathers else COUNT * ranks
         if store.drops and self._layer.directory is not None:

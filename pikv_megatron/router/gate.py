@@ -17,9 +17,9 @@ class GateOptions(RouterOptions):
 
     k: int = Field(2, ge=1, description="shards to visit")
     source: Literal["relevance", "moe", "previous"] = Field(
-        "relevance", description="what shards are worth: `relevance`, page scores summed per shard; "
-        "`moe`, what the layer's MoE router makes of the attention's input; `previous`, the "
-        "experts that the MoE layer before chose; these two where shards belong to experts"
+        "relevance", description="logits of the shards: `relevance`, page scores summed per shard; "
+        "`moe`, what the layer's MoE router makes of the attention's input; `previous`, experts "
+        "that the MoE layer before chose; these two where shards belong to experts"
     )
 
     @property

@@ -39,7 +39,8 @@ def _times(options: BenchmarkOptions, result: BenchmarkResult) -> Table:
     )
     if result.latency_ms is not None:
         table.caption += (
-            f". A collective that carries nothing takes {result.latency_ms:.2f} milliseconds"
+            f". A collective that carries nothing takes {result.latency_ms:.2f} "
+            f"{UNITS[options.clock]}"
         )
     for measurement in result.measurements:
         for name, timing in measurement.timings.items():

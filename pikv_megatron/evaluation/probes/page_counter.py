@@ -10,7 +10,7 @@ from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_rows import CachedSequence
 from pikv_megatron.transformer.context import PiKVInferenceContext
-from pikv_megatron.types import PageList
+from pikv_megatron.types import KVPages, PageList
 
 
 class PageCounter:
@@ -84,26 +84,35 @@ class PageCounter:
             return
         layer, num_pages = self._layers[index], (sealed.lens > 0).sum()
         self.read[index] += num_pages
-        self.read_bytes[index] += num_pages * page_bytes(layer)
+        for listed in layer.store.pool.lists(sealed):
+            self.read_bytes[index] += (listed.lens > 0).sum() * page_bytes(listed.pages)
         self.read_bytes[index] += opened.lens.sum() * layer.spec.kv.token_bytes
         if self.on_read is not None:
             self.on_read(index, reads, sealed, opened)
 
 
-def page_bytes(layer: LayerCache) -> int:
+def page_bytes(pages: KVPages) -> int:
     """Of keys and values of one page as they are stored, scales included."""
-    pool = layer.store.pool
-    return sum(t.nbytes for t in pool.kv.tensors) // len(pool.position)
+    return sum(t.nbytes for t in pages.tensors) // pages.keys.shape[1]
 
 
 def _judged_bytes(layer: LayerCache) -> torch.Tensor:
     """What pages are judged by in a step: what home remembers of them, or their keys here."""
     directory, store = layer.directory, layer.store
-    if directory.asks_owners:
-        pages = store.pool.kv
-        tensors, table = [pages.keys, pages.key_scale, pages.key_zero], store.table
-        room = len(store.pool.position)
-    else:
-        tensors, table, room = directory.sketch, directory.table, len(directory.shard)
-    read = [t for t in tensors if isinstance(t, torch.Tensor)]
-    return table.count.sum() * (sum(t.nbytes for t in read) // room)
+    if not directory.asks_owners:
+        read = [t for t in directory.sketch if isinstance(t, torch.Tensor)]
+        page_bytes = sum(t.nbytes for t in read) // len(directory.shard)
+        return directory.table.count.sum() * page_bytes
+    slots = torch.arange(store.num_slots, device=store.table.count.device)
+    every = store.table.is_page(slots, int(store.table.count.max()))
+    pages = torch.where(every, store.table.page[:, : every.shape[1]], store.pool.null_page)
+    return sum(
+        (listed.lens > 0).sum() * _key_bytes(listed.pages)
+        for listed in store.pool.lists(PageList(store.pool.kv, pages, every.int()))
+    )
+
+
+def _key_bytes(pages: KVPages) -> int:
+    """Of the keys of one page as they are stored, scales included."""
+    keys = [t for t in (pages.keys, pages.key_scale, pages.key_zero) if t is not None]
+    return sum(t.nbytes for t in keys) // pages.keys.shape[1]
