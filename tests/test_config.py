@@ -19,7 +19,8 @@ SHAPE = LayerShape(KVShape(2, 16, 16, torch.float32, torch.device("cpu")), 4, 0.
 FAMILIES = {"router": Router, "selector": Selector, "sketch": Sketch, "retention": Retention}
 BARE = [
     (field, name) for field, kind in FAMILIES.items() for name, options in members(kind).items()
-    if options.extra is None  # tests/retention/test_kvpress.py has the other
+    # tests/retention has the others.
+    if options.extra is None and not options.needs_calibration
 ]
 
 

@@ -438,6 +438,9 @@ class LayerCache:
             block = block.sent(
                 self._wire, lambda rows: self._dispatcher.send(rows, owner, counts)
             )
+        elif any(self._wire):
+            # Rounded as on the way, so that a cache is the same over any number of ranks.
+            block = block.sent(self._wire, lambda rows: rows)
         stored = flush.once("stored", lambda: self.store.admit(block, flush.num_stored))
         self.store.insert(block, stored)
         if self.store.drops:

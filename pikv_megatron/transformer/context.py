@@ -14,6 +14,7 @@ from pydantic import ByteSize
 from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.layer_cache import LayerCache
+from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.sliding_cache import SlidingCache
@@ -26,6 +27,7 @@ from pikv_megatron.parallel.allgather import AllGatherDispatcher
 from pikv_megatron.parallel.alltoall import AllToAllDispatcher
 from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
 from pikv_megatron.sketch.none import NoSketchOptions
+from pikv_megatron.transformer.calibrated_model import check_calibrated_model
 from pikv_megatron.transformer.layer_shapes import layer_shapes
 
 STEP_OP = "pikv_step"
@@ -80,8 +82,10 @@ class PiKVInferenceContext(StaticInferenceContext):
         """The context of a model; by default over the model's own expert-parallel group.
 
         Raises:
-            ValueError: the configuration does not fit the model.
+            ValueError: the configuration does not fit the model, or the calibration is of another.
         """
+        if config.calibration is not None:
+            check_calibrated_model(config.calibration, model)
         specs = config.resolve(layer_shapes(model))
         for spec, layer in zip(specs, model.decoder.layers):
             source = spec.options.router.expert_source
@@ -315,7 +319,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         )
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,
-            self.keeps_experts > 1,
+            self.keeps_experts > 1, Pinned.of(self.pikv_config.pinned, self.footprint),
         )
         directory = None
         if not isinstance(spec.options.sketch, NoSketchOptions):
