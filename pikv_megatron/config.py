@@ -143,6 +143,12 @@ class PiKVConfig(LayerOptions):
                     f"retention {spec.options.retention.name} scores keys and values, and layer "
                     f"{spec.number - 1} stores latent ones: name another policy"
                 )
+            source = spec.options.router.expert_source
+            if source is not None and self.expert_shards == 1:
+                raise ValueError(
+                    f"router.source {source} visits the shards of experts, and expert_shards is 1: "
+                    "set it to a power of two, the number of experts say"
+                )
             needs_bounds = spec.options.selector.needs_bounds
             spec.options.sketch.build(spec.kv, self.page_size, 0, needs_bounds)
             if (needs_bounds or spec.options.selector.samples) and self.replicas > 1:

@@ -42,9 +42,19 @@ METHODS = {
     # Attention of random weights is diffuse, and by their defaults these would read nearly all.
     "selector certified": {"selector": {"name": "certified", "tolerance": 0.4}},
     "selector sampled": {"selector": {"name": "sampled", "epsilon": 0.4}},
+    "router of the MoE": {
+        "router": {"name": "top_k", "source": "moe"}, "token_shards": 1, "expert_shards": 4,
+    },
+    "router of the layer before": {
+        "router": {"name": "eplb", "source": "previous"}, "token_shards": 1, "expert_shards": 4,
+    },
     "mass with a tail": {"selector": {"name": "mass", "tail": "mean"}},
     "keys first": {
         "sketch": "keys", "selector": {"name": "mass", "tail": "mean"}, "codec": {"format": "int4"},
+    },
+    "keys of aged pages": {
+        "sketch": "keys", "selector": "mass",
+        "codec": {"format": {"name": "aged", "young": 1, "new": "int8", "old": "int4"}},
     },
     "pinned": {"retention": "streaming", "pinned": 24},
     "pooled old pages": {

@@ -5,8 +5,7 @@ m columns of a sequence, k pages read, t tokens of a block. A *group* is one (sl
 with a token buffer.
 """
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -198,7 +197,7 @@ class ShardStore:
             near: lists that are attended to besides, in the same softmax.
         """
         sealed, opened = self._list(reads)
-        return self._attend(query, reads, sealed, [opened, *near], drawn=self._drawn(reads))[0]
+        return self._attend(query, reads, sealed, [opened, *near])[0]
 
     def attend_decoding(
         self, query: torch.Tensor, reads: OwnerReads, near: list[PageList],
@@ -235,12 +234,8 @@ class ShardStore:
             "sealed", None if reads.key is None else (num_columns, reads.key),
             lambda: self._sealed(reads, num_columns),
         )
-        found = [
-            self._codec.page_logits(query, part, self._softmax_scale, reads.slots)
-            for part in self.pool.lists(sealed)
-        ]
-        # A page is in one of the lists.
-        return reduce(torch.maximum, found)
+        lists = self.pool.lists(sealed)
+        return self._codec.page_logits(query, lists, self._softmax_scale, reads.slots)
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
         """Count the masses of a prompt's last queries.
@@ -345,18 +340,18 @@ class ShardStore:
 
     def _attend(
         self, query: torch.Tensor, reads: OwnerReads, sealed: PageList, plain: list[PageList],
-        with_mass: bool = False, drawn: Sequence[PageList] = (),
+        with_mass: bool = False,
     ) -> tuple[AttentionState, torch.Tensor | None, list[torch.Tensor]]:
         """The attention, and if asked for the masses of the sealed pages and of the other lists;
-        of pages that are drawn besides there are none."""
+        nobody asks where pages are drawn."""
         lists = self._kept(
             "lists", None if reads.key is None or not reads.is_everything
             else (sealed.table.shape[1], reads.key),
             lambda: self.pool.lists(sealed),
         )
-        others = [part for each in drawn for part in self.pool.lists(each)]
+        drawn = [part for each in self._drawn(reads) for part in self.pool.lists(each)]
         state, masses = self._codec.attend(
-            query, [*lists, *others], plain, self._softmax_scale, reads.slots, with_mass
+            query, [*lists, *drawn], plain, self._softmax_scale, reads.slots, with_mass
         )
         if masses is None:
             return state, None, []
