@@ -144,6 +144,15 @@ class PiKVConfig(LayerOptions):
                 )
             spec.options.sketch.build(spec.kv, self.page_size, 0)
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
+            if spec.options.codec.transform.is_by_expert and (
+                self.token_shards != 1 or self.expert_shards == 1
+            ):
+                raise ValueError(
+                    f"codec.transform {spec.options.codec.transform.name} has per_expert, whose "
+                    f"pages hold the tokens of one expert shard: set token_shards to 1 and "
+                    f"expert_shards above 1 (they are {self.token_shards} and "
+                    f"{self.expert_shards})"
+                )
             if self.cuda_graphs:
                 _check_recordable(spec.options)
             if (codec.pooled > 1 or codec.ageing is not None) and self.replicas > 1:

@@ -21,6 +21,7 @@ from pikv_megatron.cache.page_table import PageTable
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
+from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.types import AttentionState, KVPages, PageList, PageStats
 
@@ -37,6 +38,7 @@ class ShardStore:
         num_slots: sequence slots of the whole group.
         max_pages: most pages that one sequence can fill on this rank.
         has_replicas: whether tokens can be stored in more than one shard.
+        num_positions: that tokens can have, where keys are stored before RoPE.
 
     Attributes:
         on_read: told what queries read, as asked and as lists of pages and of token buffers; None:
@@ -47,7 +49,7 @@ class ShardStore:
 
     def __init__(
         self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
-        max_pages: int, has_replicas: bool,
+        max_pages: int, has_replicas: bool, num_positions: int = 0,
     ):
         options, kv = spec.options, spec.kv
         self.placement = placement
@@ -57,7 +59,9 @@ class ShardStore:
         self._budget, self._kv = options.budget, kv
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
-        self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
+        self._codec = options.codec.build(
+            kv, page_size, num_slots, spec.moments, self._shards, num_positions
+        )
         has_scores = options.retention.needs_scores
         kind = PagePool if self._codec.older is None else AgedPagePool
         self.pool = kind(self._codec, page_size, has_replicas, has_scores, kv.device)
@@ -117,6 +121,11 @@ class ShardStore:
         many."""
         older = self._codec.older
         return 0 if older is None else max(0, num_columns - older.young * self._shards)
+
+    @property
+    def angles(self) -> KeyAngles | None:
+        """Of keys that are stored before RoPE; None: they are stored behind it."""
+        return self._codec.angles
 
     @property
     def drops(self) -> bool:
@@ -262,7 +271,8 @@ class ShardStore:
         # The next sequence reads around what is left there: it must be finite.
         name = "keys" if self._kv.values_in_keys else "values"
         self.buffers.tensors[name][:, slot * self._shards : (slot + 1) * self._shards] = 0.0
-        self._codec.forget(slot)
+        for part in range(self._codec.num_bases):
+            self._codec.forget(slot * self._codec.num_bases + part)
         if self.statistics is not None:
             self.statistics.release(slot)
 
@@ -289,7 +299,7 @@ class ShardStore:
         self, pages: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [ng, c, S, w] that pages [c] of the sequences `slots` [c] stand for."""
-        return self.pool.restore(self._codec, pages, slots)
+        return self.pool.restore(self._codec, pages, self._parts(pages, slots))
 
     def check_integrity(self) -> None:
         """Every page is free or in exactly one table, and the counts agree."""
@@ -326,13 +336,24 @@ class ShardStore:
             else (sealed.table.shape[1], reads.key),
             lambda: self.pool.lists(sealed),
         )
+        part = self._part(sealed.table) if self._codec.num_bases > 1 else None
         state, masses = self._codec.attend(
-            query, lists, plain, self._softmax_scale, reads.slots, with_mass
+            query, lists, plain, self._softmax_scale, reads.slots, with_mass, part
         )
         if masses is None:
             return state, None, []
         # A page is read through one of the lists, and has no mass in the others.
         return state, sum(masses[1 : len(lists)], masses[0]), masses[len(lists) :]
+
+    def _part(self, pages: torch.Tensor) -> torch.Tensor:
+        """Which part of its sequence each page [...] belongs to: its shard."""
+        return self.placement.local_shard(self.pool.shard[pages].long())
+
+    def _parts(self, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """The slots of the parts of sequences that pages [c] of the sequences `slots` [c] are of.
+        """
+        count = self._codec.num_bases
+        return slots if count == 1 else slots * count + self._part(pages)
 
     def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
         """Store the pages that became full, and list them."""
@@ -349,14 +370,17 @@ class ShardStore:
             self.pool.score[pages] = full["score"].mean(dim=1)
         if self.statistics is not None:
             self.statistics.start(pages)
-        slots, keys = admission.page_row, full["keys"]
+        slots, keys = self._parts(pages, admission.page_row), full["keys"]
         values = self._kv.values_of(keys, full.get("values"))
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, keys, values)
-        self._codec.seal(keys, values, self.pool.kv, self.pool.places(pages), slots)
+        self._codec.seal(
+            keys, values, self.pool.kv, self.pool.places(pages), slots, position=full["position"]
+        )
         if self.on_seal is not None:
             real = admission.is_page.nonzero().squeeze(1)
-            self.on_seal(keys[:, real], values[:, real], pages[real], slots[real])
+            row = admission.page_row[real]
+            self.on_seal(keys[:, real], values[:, real], pages[real], row)
 
     def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
         """Give pages [r, m] back."""
@@ -423,7 +447,8 @@ class ShardStore:
         mask = None
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(self.pool.earlier_shards[pages], reads.visited)
-        return PageList(self.pool.kv, pages, is_read.int() * self.page_size, mask)
+        turn = None if self.angles is None else self.angles.turn(self.pool.position, pages)
+        return PageList(self.pool.kv, pages, is_read.int() * self.page_size, mask, turn=turn)
 
     def _pages(
         self, reads: OwnerReads, num_columns: int
