@@ -15,6 +15,7 @@ class Options(BaseModel):
 
     Attributes:
         needs_sketch: the method reads sketches of pages.
+        needs_bounds: the method reads what pages can have at most and at least.
         needs_mass: the method reads the share of the attention that pages had.
         needs_scores: the method scores the tokens of prompts as they come.
         extra: optional extra of this package that the method takes; None: it needs none.
@@ -23,6 +24,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     needs_sketch: ClassVar[bool] = False
+    needs_bounds: ClassVar[bool] = False
     needs_mass: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     extra: ClassVar[str | None] = None

@@ -262,12 +262,15 @@ class Directory(NamedTuple):
         is_page: [n, G, m], bool, False marks padding.
         shard: [n, G, m], int64, the shard of each page; any for padding.
         num_shards: N.
+        newest: [n, G, m], int64, position of a page's newest token, any for padding; None where no
+            page is drawn by lot.
     """
 
     table: Tensor
     is_page: Tensor
     shard: Tensor
     num_shards: int
+    newest: Tensor | None = None
 
 
 class Reads(NamedTuple):
@@ -277,10 +280,15 @@ class Reads(NamedTuple):
         shards: [n, N], bool, the shards that each sequence visits; None: all of them.
         columns: [n, G, k], int64, the pages that it reads of each rank, by their columns in
             `Directory`, -1 behind them; None: all pages.
+        drawn: [n, G, k'], int64, like `columns`, further pages, which stand for others; None: no
+            page does.
+        log_weight: [n], float32, log of how often each drawn page counts; None where none is drawn.
     """
 
     shards: Tensor | None = None
     columns: Tensor | None = None
+    drawn: Tensor | None = None
+    log_weight: Tensor | None = None
 
 
 class PageStats(NamedTuple):

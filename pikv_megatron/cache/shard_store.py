@@ -5,7 +5,8 @@ m columns of a sequence, k pages read, t tokens of a block. A *group* is one (sl
 with a token buffer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -23,9 +24,10 @@ from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.layer_spec import LayerSpec
-from pikv_megatron.types import AttentionState, KVPages, PageList, PageStats
+from pikv_megatron.types import AttentionState, KeyTurn, KVPages, PageList, PageStats
 
 Kept = TypeVar("Kept")
+TABLE = "table", "lens"  # of a list: which pages, and how much of them
 
 
 class ShardStore:
@@ -57,7 +59,7 @@ class ShardStore:
         self.num_slots = num_slots
         self.retention = options.retention.build()
         self._budget, self._kv = options.budget, kv
-        self._softmax_scale = spec.softmax_scale
+        self._softmax_scale, self._num_heads = spec.softmax_scale, spec.num_heads
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(
             kv, page_size, num_slots, spec.moments, self._shards, num_positions
@@ -199,7 +201,7 @@ class ShardStore:
             near: lists that are attended to besides, in the same softmax.
         """
         sealed, opened = self._list(reads)
-        return self._attend(query, reads, sealed, [opened, *near])[0]
+        return self._attend(query, reads, sealed, [opened, *near], drawn=self._drawn(reads))[0]
 
     def attend_decoding(
         self, query: torch.Tensor, reads: OwnerReads, near: list[PageList],
@@ -227,6 +229,21 @@ class ShardStore:
             return state, None
         shard = self.placement.local_shard(self.pool.shard[sealed.table].long())
         return state, of_open.scatter_add(3, shard[:, None, None].expand_as(mass), mass)
+
+    def page_logits(self, query: torch.Tensor, reads: OwnerReads) -> torch.Tensor:
+        """What query [n, np, hn] would find in every page of n sequences here, from its stored
+        keys: [n, np, m], see `PageCodec.page_logits`."""
+        num_columns = self.num_columns(reads.num_columns)
+        sealed = self._kept(
+            "sealed", None if reads.key is None else (num_columns, reads.key),
+            lambda: self._sealed(reads, num_columns),
+        )
+        found = [
+            self._codec.page_logits(query, part, self._softmax_scale, reads.slots)
+            for part in self.pool.lists(sealed)
+        ]
+        # A page is in one of the lists.
+        return reduce(torch.maximum, found)
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
         """Count the masses of a prompt's last queries.
@@ -328,17 +345,23 @@ class ShardStore:
 
     def _attend(
         self, query: torch.Tensor, reads: OwnerReads, sealed: PageList, plain: list[PageList],
-        with_mass: bool = False,
+        with_mass: bool = False, drawn: Sequence[PageList] = (),
     ) -> tuple[AttentionState, torch.Tensor | None, list[torch.Tensor]]:
-        """The attention, and if asked for the masses of the sealed pages and of the other lists."""
+        """The attention, and if asked for the masses of the sealed pages and of the other lists;
+        of pages that are drawn besides there are none."""
         lists = self._kept(
             "lists", None if reads.key is None or not reads.is_everything
             else (sealed.table.shape[1], reads.key),
             lambda: self.pool.lists(sealed),
         )
-        part = self._part(sealed.table) if self._codec.num_bases > 1 else None
+        others = [(part, each) for each in drawn for part in self.pool.lists(each)]
+        parts = None
+        if self._codec.num_bases > 1:
+            parts = [self._part(sealed.table)] * len(lists)
+            parts += [self._part(each.table) for _, each in others]
         state, masses = self._codec.attend(
-            query, lists, plain, self._softmax_scale, reads.slots, with_mass, part
+            query, [*lists, *(part for part, _ in others)], plain, self._softmax_scale,
+            reads.slots, with_mass, parts
         )
         if masses is None:
             return state, None, []
@@ -429,8 +452,21 @@ class ShardStore:
             "open", kept if reads.visited is None else None, lambda: self._open(reads)
         )
         if self.on_read is not None:
-            self.on_read(reads, sealed, opened)
+            every = [sealed, *self._drawn(reads)]
+            table, lens = (torch.cat([getattr(x, name) for x in every], 1) for name in TABLE)
+            self.on_read(reads, sealed._replace(table=table, lens=lens), opened)
         return sealed, opened
+
+    def _drawn(self, reads: OwnerReads) -> list[PageList]:
+        """Pages that stand for others."""
+        if reads.drawn is None:
+            return []
+        pages, is_read = self._pages(
+            reads._replace(columns=reads.drawn), self.num_columns(reads.num_columns)
+        )
+        weight = reads.log_weight.view(-1, 1, 1).expand(-1, 1, self._num_heads)
+        lens, turn = is_read.int() * self.page_size, self._turn(pages)
+        return [PageList(self.pool.kv, pages, lens, None, weight, turn)]
 
     def _kept(
         self, name: str, key: tuple | None, make: Callable[[], Kept]
@@ -447,8 +483,12 @@ class ShardStore:
         mask = None
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(self.pool.earlier_shards[pages], reads.visited)
-        turn = None if self.angles is None else self.angles.turn(self.pool.position, pages)
-        return PageList(self.pool.kv, pages, is_read.int() * self.page_size, mask, turn=turn)
+        lens, turn = is_read.int() * self.page_size, self._turn(pages)
+        return PageList(self.pool.kv, pages, lens, mask, turn=turn)
+
+    def _turn(self, pages: torch.Tensor) -> KeyTurn | None:
+        """What turns the keys of listed pages [n, m]."""
+        return None if self.angles is None else self.angles.turn(self.pool.position, pages)
 
     def _pages(
         self, reads: OwnerReads, num_columns: int

@@ -5,6 +5,7 @@ heads, m pages listed for a sequence.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -16,7 +17,9 @@ from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.expand_pages import expand_pages
 from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.ops.seal_page import seal_page
-from pikv_megatron.types import AttentionState, KVPages, KVShape, PageList
+from pikv_megatron.types import AttentionState, KVPages, KVShape, PageList, SharedRow
+
+LEAST_MASS = torch.finfo(torch.float32).tiny  # whose logarithm there is
 
 
 class PageCodec:
@@ -117,13 +120,14 @@ class PageCodec:
     def attend(
         self, query: torch.Tensor, sealed: list[PageList], plain: list[PageList],
         softmax_scale: float, slots: torch.Tensor, with_mass: bool = False,
-        part: torch.Tensor | None = None,
+        parts: Sequence[torch.Tensor] | None = None,
     ) -> tuple[AttentionState, list[torch.Tensor] | None]:
         """Attention of query [n, sq, np, hn] over lists of sealed pages and lists as computed.
 
         Args:
             slots: [n], of the sequences.
-            part: [n, m], of every listed page, where sequences have several.
+            parts: of every listed page, [n, m] for each of the sealed lists, where sequences have
+                several.
 
         Returns:
             The attention; and the shares of it that the pages of each list have, sealed ones first,
@@ -133,7 +137,7 @@ class PageCodec:
             return decode_attention(query, [*sealed, *plain], softmax_scale, with_mass)
         attend = self._attend_transformed
         if self.num_bases > 1:
-            attend = partial(self._attend_by_part, part)
+            attend = partial(self._attend_by_part, parts)
         far, masses = attend(query, sealed, softmax_scale, slots, with_mass)
         if not plain:
             return far, masses
@@ -145,6 +149,27 @@ class PageCodec:
         return state, [
             mass * (lse - state.lse).exp().unsqueeze(3) for lse, part in by_part for mass in part
         ]
+
+    def page_logits(
+        self, query: torch.Tensor, sealed: PageList, softmax_scale: float, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """What query [n, np, hn] would find in sealed pages, from their keys alone.
+
+        Returns:
+            [n, np, m], float32, the log of each page's summed exponentials, -inf where none is
+            listed. A page that has less than 1e-38 of the whole's is said to have that.
+        """
+        query, (listed,) = self._absorbed(query.unsqueeze(1), [sealed], softmax_scale, slots)
+        # The attention is over the first channel of the keys, and is not looked at.
+        pages = listed.pages._replace(
+            values=None, value_scale=None, value_zero=None,
+            shared=SharedRow(listed.pages.page_size, 1),
+        )
+        state, (mass,) = decode_attention(
+            query, [listed._replace(pages=pages)], softmax_scale, with_mass=True
+        )
+        logit = mass.clamp(min=LEAST_MASS).log() + state.lse.unsqueeze(3)
+        return logit.squeeze(1).masked_fill_((sealed.lens == 0).unsqueeze(1), -torch.inf)
 
     @property
     def learns(self) -> bool:
@@ -169,23 +194,26 @@ class PageCodec:
         own = [] if self.angles is None else [self.angles.table]
         return own if self._transform is None else own + self._transform.tensors()
 
-    def _attend_by_part(self, part, query, sealed, softmax_scale, slots, with_mass):
+    def _attend_by_part(self, parts, query, sealed, softmax_scale, slots, with_mass):
         """Every part of a sequence is attended to as a sequence of its own, and all are merged."""
         n, count = len(slots), self.num_bases
-        parts = torch.arange(count, device=slots.device)
-        is_own = part.unsqueeze(1) == parts.unsqueeze(1)  # [n, count, m]
+        every = torch.arange(count, device=slots.device)
+
+        def by_part(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.repeat_interleave(count, 0)
+
         lists = [
             each._replace(
-                table=each.table.repeat_interleave(count, 0),
-                lens=(each.lens.unsqueeze(1) * is_own).flatten(0, 1),
-                token_mask=None if each.token_mask is None
-                else each.token_mask.repeat_interleave(count, 0),
+                table=by_part(each.table), token_mask=by_part(each.token_mask),
+                lens=by_part(each.lens) * (by_part(part) == every.repeat(n).unsqueeze(1)),
+                logit_bias=by_part(each.logit_bias),
+                turn=each.turn and each.turn._replace(rows=by_part(each.turn.rows)),
             )
-            for each in sealed
+            for each, part in zip(sealed, parts)
         ]
-        slots = (slots.unsqueeze(1) * count + parts).flatten()
+        slots = (slots.unsqueeze(1) * count + every).flatten()
         states, masses = self._attend_transformed(
-            query.repeat_interleave(count, 0), lists, softmax_scale, slots, with_mass
+            by_part(query), lists, softmax_scale, slots, with_mass
         )
         states = AttentionState(*(x.unflatten(0, (n, count)) for x in states))
         state = AttentionState(*merge_states(*(x.transpose(0, 1).contiguous() for x in states)))
@@ -196,16 +224,30 @@ class PageCodec:
         return state, [(mass.unflatten(0, (n, count)) * share).sum(1) for mass in masses]
 
     def _attend_transformed(self, query, sealed, softmax_scale, slots, with_mass):
-        absorbed, bias = self._transform.absorb(query, slots)
-        lists = [self._stored_list(each) for each in sealed]
-        if bias is not None:
-            lists = [each._replace(logit_bias=bias * softmax_scale) for each in lists]
-        state, masses = decode_attention(
-            absorbed.to(query.dtype), lists, softmax_scale, with_mass
-        )
+        absorbed, lists = self._absorbed(query, sealed, softmax_scale, slots)
+        state, masses = decode_attention(absorbed, lists, softmax_scale, with_mass)
         out = self._transform.emit(state.out, slots)
         has_keys = (state.lse > -torch.inf).unsqueeze(3)
         return AttentionState(out * has_keys, state.lse), masses
+
+    def _absorbed(
+        self, query: torch.Tensor, sealed: Sequence[PageList], softmax_scale: float,
+        slots: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[PageList]]:
+        """A query [n, sq, np, hn] as it meets what is stored, and lists as they are stored."""
+        if self._transform is None:
+            return query, list(sealed)
+        absorbed, bias = self._transform.absorb(query, slots)
+        lists = [self._stored_list(each) for each in sealed]
+        if bias is not None:
+            bias = bias * softmax_scale
+            lists = [
+                each._replace(
+                    logit_bias=bias if each.logit_bias is None else bias + each.logit_bias
+                )
+                for each in lists
+            ]
+        return absorbed.to(query.dtype), lists
 
     def _stored_list(self, sealed: PageList) -> PageList:
         """A list of whole pages, with as many tokens as are stored of them."""

@@ -2,9 +2,10 @@
 
 RoPE turns each pair of a key's channels at a speed of its own, by the key's position. What is alike
 in all keys, their mean above all, differs from token to token once it is turned: the numbers of a
-channel then spread over a wider range, and their scale is coarser. So keys of few bits gain by being
-stored before RoPE, most where they have a large mean; `BENCHMARKS.md` says how much. They have to be
-turned when they are read, which kernels do in registers, and which takes time: so it is an option.
+channel then spread over a wider range, and their scale is coarser. So keys of few bits gain by
+being stored before RoPE, most where they have a large mean; `BENCHMARKS.md` says how much. They
+have to be turned when they are read, which kernels do in registers, and which takes time: so it is
+an option.
 
 A low-rank map of keys would gain more, and cannot: it is absorbed into the query, from which a
 rotation between the two would keep it.

@@ -52,11 +52,15 @@ def test_attention_is_that_over_the_restored_pages_and_the_buffers(
     torch.testing.assert_close(state.out, expected.out, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(state.lse, expected.lse, atol=1e-5, rtol=1e-4)
     keys = dense[0].repeat_interleave(2, dim=0)[:, 0, : mask.sum()]
-    weights = (torch.einsum("qhw,htw->qht", query[0], keys) * 0.25).softmax(2)
+    logits = torch.einsum("qhw,htw->qht", query[0], keys) * 0.25
+    weights = logits.softmax(2)
+    by_page = codec.page_logits(query[:, 0], sealed, 0.25, torch.tensor([1]))
     for column, first in ((0, 0), (2, S)):
         share = weights[:, :, first : first + S].sum(2)
         torch.testing.assert_close(mass[0, :, :, column], share, atol=1e-5, rtol=1e-4)
-    assert not mass[..., 1].any()
+        own = logits[0, :, first : first + S].logsumexp(1)
+        torch.testing.assert_close(by_page[0, :, column], own, atol=1e-4, rtol=1e-4)
+    assert not mass[..., 1].any() and (by_page[..., 1] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("transform", [name for name in members(Transform) if name != "mixed"])

@@ -17,8 +17,8 @@ from pikv_megatron.codec.transform.svd import SVDOptions
 from pikv_megatron.options import family
 
 Linear = family(
-    IdentityOptions, LoRAOptions, LoRAPlusOptions, SVDOptions, ChunkKVOptions, FastVOptions, PruningOptions,
-    DistillationOptions,
+    IdentityOptions, LoRAOptions, LoRAPlusOptions, SVDOptions, ChunkKVOptions, FastVOptions,
+    PruningOptions, DistillationOptions,
 )
 
 

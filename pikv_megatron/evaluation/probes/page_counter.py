@@ -60,7 +60,7 @@ class PageCounter:
         for index, layer in self._layers.items():
             self.read_bytes[index] += in_windows * layer.spec.kv.token_bytes
             if layer.directory is not None:
-                self.read_bytes[index] += layer.directory.table.count.sum() * _sketch_bytes(layer)
+                self.read_bytes[index] += _judged_bytes(layer)
 
     def count_end(self) -> None:
         """The live sequences have been fed."""
@@ -96,8 +96,14 @@ def page_bytes(pages: KVPages) -> int:
     return sum(t.nbytes for t in pages.tensors) // pages.keys.shape[1]
 
 
-def _sketch_bytes(layer: LayerCache) -> int:
-    """Of what home remembers of one page, and reads of it."""
-    directory = layer.directory
-    tensors = [t for t in directory.sketch if isinstance(t, torch.Tensor)]
-    return sum(t.nbytes for t in tensors) // len(directory.shard)
+def _judged_bytes(layer: LayerCache) -> torch.Tensor:
+    """What pages are judged by in a step: what home remembers of them, or their keys here."""
+    directory, store = layer.directory, layer.store
+    if directory.asks_owners:
+        pages = store.pool.kv
+        tensors, table = [pages.keys, pages.key_scale, pages.key_zero], store.table
+        room = len(store.pool.position)
+    else:
+        tensors, table, room = directory.sketch, directory.table, len(directory.shard)
+    read = [t for t in tensors if isinstance(t, torch.Tensor)]
+    return table.count.sum() * (sum(t.nbytes for t in read) // room)
