@@ -12,28 +12,30 @@ from pikv_kernels.page_tiles import (
     key_numbers,
     load_high,
     load_rows,
+    partner_of,
     plane_numbers,
     scale_values,
+    turn_keys,
 )
 
-# Columns that are looked at together for the last page of a sequence.
+# Columns that are looked at together for the first and the last page of a sequence.
 SCAN: tl.constexpr = tl.constexpr(512)
 
 
 @triton.jit
 def attend_split(
     query, keys, values, key_scale, key_zero, value_scale, value_zero, log_multiplicity,
-    table, lens, token_mask, logit_bias, part_out, part_lse, page_lse,
-    key_strides, value_strides, key_scale_strides, key_zero_strides, value_scale_strides,
+    table, lens, token_mask, logit_bias, turn_position, turn_rows, turn_angles, part_out, part_lse,
+    page_lse, key_strides, value_strides, key_scale_strides, key_zero_strides, value_scale_strides,
     value_zero_strides,
     num_sequences, num_queries, num_groups, m, num_row_blocks, pages_per_split, first_split,
-    softmax_scale,
+    softmax_scale, num_far,
     GROUP: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_GROUPS: tl.constexpr,
     VALUE_GROUPS: tl.constexpr, KEY_FORMAT: tl.constexpr, VALUE_FORMAT: tl.constexpr,
     KEY_LOADS: tl.constexpr, VALUE_LOADS: tl.constexpr, TILE_PAGES: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, IS_SHARED: tl.constexpr,
+    BLOCK_V: tl.constexpr, IS_SHARED: tl.constexpr, TURNED: tl.constexpr,
 ):
     """One split of the pages of one sequence, for a block of the rows of one KV head.
 
@@ -45,6 +47,9 @@ def attend_split(
 
     Where values are the first columns of the keys, `values` are the keys: a tile of their first
     VALUE_WIDTH columns serves both products, and `keys` are read behind them only.
+
+    Keys that are stored before RoPE (TURNED channels of them turn) are loaded a second time, each
+    channel's partner in its place, and turned in registers.
 
     Example:
         S = ROWS = 3, BLOCK_N = 16: a page takes 4 lanes, the last one empty, and TILE_PAGES = 4.
@@ -71,6 +76,8 @@ def attend_split(
     HAS_KEYS: tl.constexpr = KEY_WIDTH > FIRST
     key_channel = FIRST + tl.arange(0, BLOCK_K)
     value_channel = tl.arange(0, BLOCK_V)
+    if turn_angles is not None:
+        partner = partner_of(key_channel, TURNED)
     if IS_SHARED:
         shared_rows = tl.load(
             query + place[:, None] * KEY_WIDTH + value_channel[None, :],
@@ -100,17 +107,22 @@ def attend_split(
     acc = tl.full([BLOCK_M, BLOCK_V], 0.0, tl.float32)
     start = tl.program_id(1) * pages_per_split
     limit = tl.minimum(start + pages_per_split, m)
-    # Padding behind the sequence's own last page is not gone through.
-    stop = start
+    # What lies before the sequence's own first page and behind its last one is not gone through: of
+    # pages of two ages, a list reads older columns, and another one newer ones.
+    stop, begin = start, limit
     for first in range(start, limit, SCAN):
         column = first + tl.arange(0, SCAN)
         length = tl.load(lens + sequence * m + column, mask=column < limit, other=0)
         stop = tl.maximum(stop, tl.max(tl.where(length > 0, column + 1, 0), 0))
-    for first in range(start, stop, TILE_PAGES):
+        begin = tl.minimum(begin, tl.min(tl.where(length > 0, column, limit), 0))
+    begin = tl.minimum(begin, stop)
+    for first in range(begin, stop, TILE_PAGES):
         column = first + lane // LANES
         listed = sequence * m + column
         length = tl.load(lens + listed, mask=column < stop, other=0)
         page = tl.load(table + listed, mask=length > 0, other=0)
+        if turn_rows is not None:
+            turn_row = tl.load(turn_rows + listed, mask=length > 0, other=0)
         page_top = tl.full([BLOCK_M, TILE_PAGES], -float("inf"), tl.float32)
         page_total = tl.full([BLOCK_M, TILE_PAGES], 0.0, tl.float32)
         for tile in range(TILES):
@@ -158,7 +170,27 @@ def attend_split(
                         stored_k, high_k, key_scale, key_zero, key_scale_strides,
                         key_zero_strides, page, row_in_page, token, is_lane, key_channel,
                         plane // KEY_LOADS, ROWS, KEY_FORMAT, KEY_WIDTH, PAGE_SIZE, KEY_GROUPS,
-                    ).to(rows.dtype)
+                    )
+                    if turn_angles is not None:
+                        stored_p = load_rows(
+                            keys, page, row_in_page + plane % KEY_LOADS * ROWS, is_lane, partner,
+                            key_strides, KEY_WIDTH,
+                        )
+                        high_p = load_high(
+                            keys, page, row_in_page, is_lane, partner, key_strides, KEY_WIDTH,
+                            ROWS, KEY_FORMAT,
+                        )
+                        partners = key_numbers(
+                            stored_p, high_p, key_scale, key_zero, key_scale_strides,
+                            key_zero_strides, page, row_in_page, token, is_lane, partner,
+                            plane // KEY_LOADS, ROWS, KEY_FORMAT, KEY_WIDTH, PAGE_SIZE,
+                            KEY_GROUPS,
+                        )
+                        k = turn_keys(
+                            k, partners, turn_position, turn_row, turn_angles, num_far, token,
+                            is_read, key_channel, TURNED, PAGE_SIZE,
+                        )
+                    k = k.to(rows.dtype)
                     logits = tl.dot(rows, tl.trans(k), logits, input_precision="ieee")
                 logits = logits * softmax_scale
                 if log_multiplicity is not None:
@@ -209,6 +241,12 @@ def attend_split(
                 mask=is_row[:, None] & (page_column < stop)[None, :],
             )
     if page_lse is not None:
+        for first in range(start, begin, TILE_PAGES):
+            page_column = first + tl.arange(0, TILE_PAGES)
+            tl.store(
+                page_lse + place[:, None] * m + page_column[None, :], -float("inf"),
+                mask=is_row[:, None] & (page_column < begin)[None, :],
+            )
         for first in range(stop, limit, TILE_PAGES):
             page_column = first + tl.arange(0, TILE_PAGES)
             tl.store(

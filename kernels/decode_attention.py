@@ -19,6 +19,7 @@ import triton
 from pikv_kernels.attend_split import attend_split
 from pikv_kernels.merge_states import merge_states
 from pikv_kernels.packing import packing_of
+from pikv_kernels.page_tiles import NEAR
 
 # Of the keys or of the values of a tile.
 TILE_BYTES = 16 << 10
@@ -138,16 +139,21 @@ def _launch(
     if pages.values is None:
         pools[1] = pools[0]
     assert all(x is None or x.stride(3) == 1 for x in pools), "channels must lie together"
-    mask, bias = page_list.token_mask, page_list.logit_bias
+    mask, bias, turn = page_list.token_mask, page_list.logit_bias, page_list.turn
+    turns = (None, None, None) if turn is None else (
+        turn.position.contiguous(), turn.rows.contiguous(), turn.angles.contiguous()
+    )
     attend_split[(n * num_groups * launch.num_row_blocks, launch.num_splits)](
         query, *pools, pages.log_multiplicity,
         page_list.table.contiguous(), page_list.lens.contiguous(),
         None if mask is None else mask.contiguous().view(torch.uint8),
         None if bias is None else bias.contiguous(),
-        part_out, part_lse, page_lse,
+        *turns, part_out, part_lse, page_lse,
         *[None if x is None else x.stride()[:3] for x in pools],
         n, num_queries, num_groups, page_list.table.shape[1], launch.num_row_blocks,
         launch.pages_per_split, first_split, softmax_scale,
+        0 if turn is None else len(turn.angles) - NEAR.value,
+        TURNED=0 if turn is None else turn.angles.shape[1],
         KEY_GROUPS=1 if pages.key_scale is None else pages.key_scale.shape[2],
         VALUE_GROUPS=1 if pages.value_scale is None else pages.value_scale.shape[3],
         **launch.tiling,

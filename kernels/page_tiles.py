@@ -11,6 +11,9 @@ FORMAT is 0 for plain numbers, 1 for float8, else the bits of a code.
 import triton
 import triton.language as tl
 
+# Of `ops.turn_keys`.
+NEAR: tl.constexpr = tl.constexpr(64)
+
 
 @triton.jit
 def load_rows(pool, page, row, is_row, channel, strides, WIDTH: tl.constexpr):
@@ -102,6 +105,47 @@ def key_numbers(
     else:
         numbers = stored
     return numbers
+
+
+@triton.jit
+def partner_of(channel, TURNED: tl.constexpr):
+    """The channel that RoPE turns each channel with; those from TURNED on stay as they are.
+
+    Example:
+        TURNED = 4: 2, 3, 0, 1, 4, 5.
+    """
+    HALF: tl.constexpr = TURNED // 2
+    partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
+    return tl.where(channel < TURNED, partner, channel)
+
+
+@triton.jit
+def turn_keys(
+    numbers, partners, position, row, angles, num_far, token, is_row, channel,
+    TURNED: tl.constexpr, PAGE_SIZE: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_R] keys that are stored before RoPE, at their positions.
+
+    Args:
+        partners: [BLOCK_N, BLOCK_R], the numbers of `partner_of` the channels.
+        position: pointer to [q, S], int32.
+        row: [BLOCK_N], of `position`, for each page.
+        angles: pointer to [num_far + NEAR, TURNED], cosines and sines: `ops.turn_keys.angle_table`.
+    """
+    HALF: tl.constexpr = TURNED // 2
+    place = tl.load(position + row.to(tl.int64) * PAGE_SIZE + token, mask=is_row, other=0)
+    inside = is_row[:, None] & (channel < TURNED)[None, :]
+    plane = (channel % HALF)[None, :]
+    far = angles + (place // NEAR)[:, None] * TURNED + plane
+    near = angles + (num_far + place % NEAR)[:, None] * TURNED + plane
+    far_cos = tl.load(far, mask=inside, other=1.0)
+    far_sin = tl.load(far + HALF, mask=inside, other=0.0)
+    near_cos = tl.load(near, mask=inside, other=1.0)
+    near_sin = tl.load(near + HALF, mask=inside, other=0.0)
+    cos = far_cos * near_cos - far_sin * near_sin
+    sin = far_sin * near_cos + far_cos * near_sin
+    sin = tl.where((channel < HALF)[None, :], -sin, sin)
+    return numbers.to(tl.float32) * cos + partners.to(tl.float32) * sin
 
 
 @triton.jit

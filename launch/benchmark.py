@@ -53,8 +53,11 @@ def run(options: BenchmarkOptions) -> BenchmarkResult:
     groups = init_process_groups(expert_parallel_size=int(os.environ.get("WORLD_SIZE", "1")))
     models = build_models(options, groups)
     device = next(models[options.names[0]].parameters()).device
-    latency_ms = collective_latency_ms(groups.ep, device)
-    measurements = [measure_at(options, models, length) for length in options.contexts]
+    latency_ms = collective_latency_ms(groups.ep, device, options.clock)
+    measurements = [
+        measure_at(options, models, length, batch_size)
+        for length in options.contexts for batch_size in options.batch_sizes
+    ]
     ragged = {}
     for name in options.pikv if options.lengths else ():
         with progress(f"mixed batch, {name}", IS_FIRST_RANK) as advance:
@@ -67,18 +70,19 @@ def run(options: BenchmarkOptions) -> BenchmarkResult:
 
 
 def measure_at(
-    options: BenchmarkOptions, models: dict[str, torch.nn.Module], context_len: int
+    options: BenchmarkOptions, models: dict[str, torch.nn.Module], context_len: int,
+    batch_size: int,
 ) -> Measurement:
     """Measure behind one context length and show how far it is."""
     num_done = 0
-    with progress(f"{context_len:,} cached tokens", IS_FIRST_RANK) as advance:
+    with progress(f"{batch_size} x {context_len:,} cached tokens", IS_FIRST_RANK) as advance:
 
         def on_step() -> None:
             nonlocal num_done
             num_done += 1
             advance(num_done, options.num_steps)
 
-        return measure(options, models, context_len, on_step)
+        return measure(options, models, context_len, batch_size, on_step)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pikv_megatron.calibrated import Layers, load_calibrated
 from pikv_megatron.codec.calibration import read_moments
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
+from pikv_megatron.sketch.keys import KeysOptions
 from pikv_megatron.presets import preset_values
 
 MAX_EXPERT_SHARDS = 32
@@ -145,11 +146,23 @@ class PiKVConfig(LayerOptions):
                     f"retention {spec.options.retention.name} scores keys and values, and layer "
                     f"{spec.number - 1} stores latent ones: name another policy"
                 )
-            spec.options.sketch.build(spec.kv, self.page_size, 0)
+            needs_bounds = spec.options.selector.needs_bounds
+            spec.options.sketch.build(spec.kv, self.page_size, 0, needs_bounds)
+            if (needs_bounds or spec.options.selector.samples) and self.replicas > 1:
+                raise ValueError(
+                    f"selector {spec.options.selector.name} counts what pages hold, and replicas "
+                    f"{self.replicas} stores it more than once: use replicas 1"
+                )
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
+            is_pooled = codec.pooled > 1 or codec.ageing is not None
+            if is_pooled and needs_bounds and not isinstance(spec.options.sketch, KeysOptions):
+                raise ValueError(
+                    f"codec.transform {spec.options.codec.transform.name} pools tokens that sketch "
+                    f"{spec.options.sketch.name} bounds one by one: use sketch keys"
+                )
             if self.cuda_graphs:
                 _check_recordable(spec.options)
-            if (codec.pooled > 1 or codec.ageing is not None) and self.replicas > 1:
+            if is_pooled and self.replicas > 1:
                 raise ValueError(
                     f"codec.transform {spec.options.codec.transform.name} stores neighbours as one "
                     f"token, and replicas {self.replicas} hides tokens one by one: use replicas 1"

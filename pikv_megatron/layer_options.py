@@ -13,6 +13,8 @@ from pikv_megatron.router.all_shards import AllShardsOptions
 from pikv_megatron.router.registry import Router
 from pikv_megatron.selector.all_pages import AllPagesOptions
 from pikv_megatron.selector.registry import Selector
+from pikv_megatron.sketch.base import SketchOptions
+from pikv_megatron.sketch.keys import KeysOptions
 from pikv_megatron.sketch.low_rank import LowRankOptions
 from pikv_megatron.sketch.none import NoSketchOptions
 from pikv_megatron.sketch.registry import Sketch
@@ -24,8 +26,8 @@ class LayerOptions(BaseModel):
     Attributes:
         router: which shards a query visits.
         selector: which of their pages it reads.
-        sketch: what the home rank remembers of every page; None: `low_rank` where a router or a
-            selector reads it, else `none`.
+        sketch: what the home rank remembers of every page; None: `keys` where bounds are needed,
+            `low_rank` where a router or a selector reads it, else `none`.
         retention: which pages stay.
         budget: how many of them; None: a quarter, where a retention policy asks.
         codec: how sealed pages are stored.
@@ -47,13 +49,20 @@ class LayerOptions(BaseModel):
             ValueError: a method lacks what it needs; names both and the remedy.
         """
         needy = [f for f in ("router", "selector") if getattr(self, f).needs_sketch]
-        sketch = self.sketch or (LowRankOptions() if needy else NoSketchOptions())
+        sketch = self.sketch or self._default_sketch(bool(needy))
         if needy and isinstance(sketch, NoSketchOptions):
             name = getattr(self, needy[0]).name
             raise ValueError(
                 f"{needy[0]} {name} needs a sketch, and sketch is none: leave sketch out, or name "
-                "low_rank, bounding_box or mean_key"
+                "low_rank, bounding_box, mean_key or keys"
             )
+        if self.selector.needs_bounds and not sketch.can_bound:
+            raise ValueError(
+                f"selector {self.selector.name} needs bounds, and sketch {sketch.name} has none: "
+                "leave sketch out, or name keys, low_rank or bounding_box"
+            )
+        if self.selector.needs_bounds or self.selector.samples:
+            self._check_promise()
         if self.budget is not None and isinstance(self.retention, KeepAllOptions):
             raise ValueError(
                 f"budget {self.budget.name} limits the pages that stay, and retention is all: name "
@@ -61,6 +70,25 @@ class LayerOptions(BaseModel):
             )
         budget = self.budget or ShareBudget()
         return self.model_copy(update={"sketch": sketch, "budget": budget})
+
+    def _default_sketch(self, is_needed: bool) -> SketchOptions:
+        if self.selector.needs_bounds:
+            return KeysOptions()
+        return LowRankOptions() if is_needed else NoSketchOptions()
+
+    def _check_promise(self) -> None:
+        """Of a selector that says what is not read matters at most."""
+        name = f"selector {self.selector.name}"
+        if not isinstance(self.router, AllShardsOptions):
+            raise ValueError(
+                f"{name} answers for what is not read, and router {self.router.name} skips token "
+                "buffers that nobody judges: leave router out"
+            )
+        if self.selector.samples and self.retention.needs_mass:
+            raise ValueError(
+                f"{name} reads pages that stand for others, and retention {self.retention.name} "
+                "counts what each had: name a policy without masses, streaming say"
+            )
 
 
 class LayerOverride(BaseModel):

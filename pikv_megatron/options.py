@@ -15,6 +15,7 @@ class Options(BaseModel):
 
     Attributes:
         needs_sketch: the method reads sketches of pages.
+        needs_bounds: the method reads what pages can have at most and at least.
         needs_mass: the method reads the share of the attention that pages had.
         needs_scores: the method scores the tokens of prompts as they come.
         needs_calibration: the method was fitted by `launch/calibrate.py`, and reads its file.
@@ -24,6 +25,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     needs_sketch: ClassVar[bool] = False
+    needs_bounds: ClassVar[bool] = False
     needs_mass: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False

@@ -116,6 +116,20 @@ class KVPages(_PageTensors):
         return 8 * self.values.shape[2] // self.page_size
 
 
+class KeyTurn(NamedTuple):
+    """RoPE of keys that are stored before it: what turns them when they are read.
+
+    Attributes:
+        position: [q, S], int32, of the tokens of pages.
+        rows: [n, m], int64, where in `position` each listed page is found.
+        angles: cosines and sines, see `ops.turn_keys.angle_table`.
+    """
+
+    position: Tensor
+    rows: Tensor
+    angles: Tensor
+
+
 class PageList(NamedTuple):
     """Which pages of a pool each sequence reads, and how much of them.
 
@@ -125,6 +139,7 @@ class PageList(NamedTuple):
         lens: [n, m], int32, tokens of the page that are read, its first ones.
         token_mask: [n, m, S], bool, False hides a token of those; None hides none.
         logit_bias: [n, sq, np], float32, added to every logit of these pages (affine codecs).
+        turn: what turns their keys to their positions; None: they are stored so.
     """
 
     pages: KVPages
@@ -132,6 +147,7 @@ class PageList(NamedTuple):
     lens: Tensor
     token_mask: Tensor | None = None
     logit_bias: Tensor | None = None
+    turn: KeyTurn | None = None
 
 
 class MeanKeySketch(NamedTuple):
@@ -246,12 +262,15 @@ class Directory(NamedTuple):
         is_page: [n, G, m], bool, False marks padding.
         shard: [n, G, m], int64, the shard of each page; any for padding.
         num_shards: N.
+        newest: [n, G, m], int64, position of a page's newest token, any for padding; None where no
+            page is drawn by lot.
     """
 
     table: Tensor
     is_page: Tensor
     shard: Tensor
     num_shards: int
+    newest: Tensor | None = None
 
 
 class Reads(NamedTuple):
@@ -261,10 +280,15 @@ class Reads(NamedTuple):
         shards: [n, N], bool, the shards that each sequence visits; None: all of them.
         columns: [n, G, k], int64, the pages that it reads of each rank, by their columns in
             `Directory`, -1 behind them; None: all pages.
+        drawn: [n, G, k'], int64, like `columns`, further pages, which stand for others; None: no
+            page does.
+        log_weight: [n], float32, log of how often each drawn page counts; None where none is drawn.
     """
 
     shards: Tensor | None = None
     columns: Tensor | None = None
+    drawn: Tensor | None = None
+    log_weight: Tensor | None = None
 
 
 class PageStats(NamedTuple):

@@ -8,22 +8,31 @@ import time
 import traceback
 from typing import Any, Callable
 
+# Ranks are forked from a process that imported these once, which takes longer than most tests.
+PRELOADED = ["transformers", "pikv_megatron.checkpoint.huggingface"]
 
-def run_ranks(fn: Callable, world_size: int, *args: Any, timeout: float = 120.0) -> list:
+
+def run_ranks(
+    fn: Callable, world_size: int, *args: Any, timeout: float = 120.0, start: str = "forkserver"
+) -> list:
     """Run `fn(*args)` on `world_size` ranks and return their results by rank.
 
     `fn` is a top-level function; it starts and ends its own process groups. The first rank that
-    fails ends the others, and its traceback becomes the error here.
+    fails ends the others, and its traceback becomes the error here. `start` is "spawn" where the
+    imports themselves are tested.
 
     Raises:
         RuntimeError: a rank raised or died.
         TimeoutError: a rank did not finish within `timeout` seconds.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context(start)
+    context.set_forkserver_preload(PRELOADED)
     results = context.Queue()
     port = free_port()
     ranks = [
-        context.Process(target=_rank_main, args=(fn, args, rank, world_size, port, results))
+        context.Process(
+            target=_rank_main, args=(fn, args, dict(os.environ), rank, world_size, port, results)
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -65,7 +74,9 @@ def _kill(ranks: list) -> None:
         process.kill()
 
 
-def _rank_main(fn, args, rank, world_size, port, results) -> None:
+def _rank_main(fn, args, environment, rank, world_size, port, results) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",

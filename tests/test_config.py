@@ -53,7 +53,7 @@ def test_parameters_read_as_they_are_written():
 @pytest.mark.parametrize("fields, sketch", [
     ({}, "none"), ({"selector": "budget"}, "low_rank"), ({"router": "top_k"}, "low_rank"),
     ({"selector": "mass", "sketch": "mean_key"}, "mean_key"), ({"sketch": "none"}, "none"),
-    ({"sketch": "bounding_box"}, "bounding_box"),
+    ({"sketch": "bounding_box"}, "bounding_box"), ({"selector": "certified"}, "keys"),
 ])
 def test_the_sketch_is_the_one_that_is_needed(fields, sketch):
     assert PiKVConfig(**fields).resolve([SHAPE])[0].options.sketch.name == sketch
@@ -65,6 +65,9 @@ def test_the_sketch_is_the_one_that_is_needed(fields, sketch):
     ({"budget": "share"}, "budget share limits the pages that stay, and retention is all"),
     ({"selector": "nearest"}, "expected tags: 'all', 'budget', 'mass'"),
     ({"selector": {"name": "mass", "share": 1.5}}, "selector.mass.share"),
+    ({"selector": "certified", "sketch": "mean_key"}, "sketch mean_key has none"),
+    ({"selector": "certified", "router": "top_k"}, "router top_k skips token buffers"),
+    ({"selector": "sampled", "retention": "h2o"}, "retention h2o counts what each had"),
     ({"replicas": 2}, "replicas 2 needs expert_shards"),
     ({"expert_shards": 3}, "expert_shards must be a power of two up to 32, got 3"),
     ({"preset": "fastest"}, "preset 'fastest' is unknown: the presets are .*lossless"),
@@ -106,6 +109,9 @@ def test_layers_can_have_methods_of_their_own():
     ({"layers": [{"match": "1-4", "selector": "mass"}]}, "match '1-4' names layer 4"),
     ({"layers": [{"match": "0", "sketch": "none"}], "selector": "mass"}, "needs a sketch"),
     ({"sketch": {"name": "low_rank", "rank": 99}}, "sketch.rank 99 exceeds the width of a key"),
+    ({"selector": "certified", "replicas": 2, "expert_shards": 2}, "replicas 2 stores it more"),
+    ({"selector": "certified", "sketch": "bounding_box", "codec": {"transform": "pyramidkv"}},
+     "transform pyramidkv pools tokens that sketch bounding_box bounds"),
     ({"codec": {"format": "int4"}, "page_size": 3}, "page_size 3 must be a multiple of 2"),
 ])
 def test_what_does_not_fit_the_model_is_refused(fields, message):

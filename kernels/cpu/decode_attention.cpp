@@ -29,6 +29,7 @@ struct List {
   const uint8_t* shown;  // [n, m, S], or null
   const float* bias;     // [n, sq, np], or null
   float* mass;           // [n, sq, np, m], or null
+  Turn turn;
 
   static List read(Fields& f) {
     List x;
@@ -38,6 +39,7 @@ struct List {
     x.columns = f.number();
     x.shown = f.pointer<const uint8_t>(), x.bias = f.pointer<const float>();
     x.mass = f.pointer<float>();
+    x.turn = Turn::read(f);
     return x;
   }
   int64_t tokens(int64_t row, int64_t column) const { return lens[row * lens_stride + column]; }
@@ -70,7 +72,7 @@ struct Part {
 };
 
 struct Scratch {
-  std::vector<float> query, logits, page;
+  std::vector<float> query, logits, page, turned;
 };
 
 void attend_page(const Call& call, const List& list, int64_t sequence, int64_t kv_head,
@@ -96,6 +98,10 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
   scratch.logits.resize(rows * pages.page_size);
   float* logits = scratch.logits.data();
   const float* keys = pages.keys.read_keys(kv_head, page, tokens, scratch.page);
+  if (list.turn.position) {
+    keys = list.turn.apply(keys, sequence, column, tokens, pages.page_size, call.key_width,
+                           scratch.turned);
+  }
   dot(scratch.query.data(), rows, keys, tokens, call.key_width, logits, tokens,
       next_keys);
   const float multiplicity = pages.log_multiplicity ? pages.log_multiplicity[page] : 0.0f;

@@ -38,5 +38,16 @@ def decode_attention(
         fields += page_fields(each.pages)
         fields += row_fields(each.table) + row_fields(each.lens)
         fields += [each.table.shape[1], *map(address, own), address(mass)]
+        fields += _turn_fields(each.turn)
     call("decode_attention", fields, softmax_scale)
     return (out.to(query.dtype), lse), masses
+
+
+def _turn_fields(turn: Any | None) -> list[int]:
+    """Of a `KeyTurn`."""
+    if turn is None:
+        return [0] * 6
+    assert turn.position.is_contiguous() and turn.angles.is_contiguous()
+    return [
+        turn.position.data_ptr(), *row_fields(turn.rows), turn.angles.data_ptr(), *turn.angles.shape
+    ]

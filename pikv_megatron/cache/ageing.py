@@ -1,4 +1,4 @@
-"""Older pages of a shard become one, two by two, level by level (PyramidKV).
+"""Older pages of a shard, and how they become one, two by two, level by level (PyramidKV).
 
 Legend: r sequences, m columns, c pairs, ng KV heads, S tokens a page, w width.
 """
@@ -44,6 +44,13 @@ def pool_level(
     return pair, drop
 
 
+def old_pages(stats: PageStats, num_young: int) -> Tensor:
+    """[r, m], bool: the pages that are not among the newest `num_young` of their shard."""
+    column, index, _, end = _by_age(stats.is_page, stats.shard, stats.newest)
+    is_old = (end - index >= num_young) & stats.is_page.gather(1, column)
+    return torch.zeros_like(is_old).scatter_(1, column, is_old)
+
+
 def _pooled(x: Tensor) -> Tensor:
     """[ng, c, 2 S, w] -> [ng, c, S, w]."""
     return x.unflatten(2, (-1, 2)).mean(dim=3)
@@ -57,6 +64,14 @@ def _pairs(
     Example:
         One shard, 5 pages, 2 young ones: the oldest two are a pair, the third waits for a partner.
     """
+    column, index, start, end = _by_age(is_mine, shard, newest)
+    is_first = ((index - start) % 2 == 0) & (end - index >= num_young + 1)
+    return column, is_first & is_mine.gather(1, column)
+
+
+def _by_age(is_mine: Tensor, shard: Tensor, newest: Tensor) -> tuple[Tensor, ...]:
+    """Columns shard by shard, oldest first, those that are not asked for last; their numbers in
+    that order, and those of the first and of the last one of their shard: [r, m] each."""
     key = torch.where(is_mine, shard.long(), shard.max() + 1) << 40
     key, column = (key + newest.clamp(min=0)).sort(dim=1)
     group, m = key >> 40, key.shape[1]
@@ -67,5 +82,4 @@ def _pairs(
     is_end = is_start.roll(-1, dims=1)
     is_end[:, -1] = True
     end = torch.where(is_end, index, m).flip(1).cummin(dim=1).values.flip(1)
-    is_first = ((index - start) % 2 == 0) & (end - index >= num_young + 1)
-    return column, is_first & is_mine.gather(1, column)
+    return column, index, start, end

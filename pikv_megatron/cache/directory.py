@@ -7,6 +7,8 @@ a copy of the keys in its own sequences' token buffers. Which pages an owner dro
 Legend: ng KV heads, hn head width, S tokens a page, G ranks, n sequences, m columns of a rank.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from pikv_megatron.cache.first_pages import fit_new
@@ -19,8 +21,43 @@ from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.attend_means import attend_means
-from pikv_megatron.relevance import Ask
-from pikv_megatron.types import AttentionState, Directory
+from pikv_megatron.relevance import Ask, PageJudge
+from pikv_megatron.sketch.base import PageSketcher
+from pikv_megatron.types import AttentionState, Directory, PageSketch
+
+
+class Listed(NamedTuple):
+    """The pages of some sequences.
+
+    Attributes:
+        directory: what is known of them.
+        lens: [n, M], int32, their tokens, 0 for padding; M = G * m.
+    """
+
+    directory: Directory
+    lens: torch.Tensor
+
+
+class NothingKept(NamedTuple):
+    """The sketch of a layer whose owners judge pages themselves."""
+
+
+class SketchJudge(PageJudge):
+    """Judges by sketches."""
+
+    def __init__(
+        self, query: torch.Tensor, slots: torch.Tensor, listed: Listed, sketcher: PageSketcher,
+        sketch: PageSketch, softmax_scale: float,
+    ):
+        table = listed.directory.table.flatten(1)
+        self._asked = query, sketch, table, listed.lens, slots, softmax_scale
+        self._sketcher = sketcher
+
+    def scores(self):
+        return self._sketcher.logits(*self._asked)
+
+    def bounds(self):
+        return self._sketcher.bounds(*self._asked)
 
 
 class PageDirectory:
@@ -45,23 +82,30 @@ class PageDirectory:
         self._num_slots = num_slots
         self._page_size = page_size
         self._softmax_scale = spec.softmax_scale
-        self._sketcher = spec.options.sketch.build(kv, page_size, num_slots)
-        heads = dict(kv.heads)
+        self._sketcher = spec.options.sketch.build(
+            kv, page_size, num_slots, spec.options.selector.needs_bounds
+        )
         self._kv, self._mean_value = kv, None
-        if spec.options.selector.tail != "mean":
-            heads.pop("values", None)
-        else:
+        if spec.options.selector.tail == "mean":
             self._mean_value = torch.zeros(
                 kv.num_groups, 1, kv.value_width, dtype=kv.dtype, device=device
             )
-        self._buffers = TokenBuffers(self._ledger, heads, {}, kv.dtype, device)
+        draws = spec.options.selector.samples
+        metadata = {"position": torch.int64} if draws else {}
+        self._buffers = TokenBuffers(self._ledger, self._remembered(), metadata, kv.dtype, device)
         self.table = PageTable(rows, max_pages, device)
         self._free = FreeList(device)
         # The last entry takes writes that are to be lost.
-        self.sketch = self._sketcher.allocate(1)
+        self.sketch = NothingKept() if self.asks_owners else self._sketcher.allocate(1)
         self.shard = torch.zeros(1, dtype=torch.int64, device=device)
+        self._newest = torch.zeros(1, dtype=torch.int64, device=device) if draws else None
         # What is listed changes with a flush only.
-        self._views: dict[tuple, tuple[Directory, torch.Tensor]] = {}
+        self._views: dict[tuple, Listed] = {}
+
+    @property
+    def asks_owners(self) -> bool:
+        """Whether nothing is remembered of what is in a page, so that its owner has to judge it."""
+        return self._sketcher is None
 
     @property
     def keeps_means(self) -> bool:
@@ -76,6 +120,8 @@ class PageDirectory:
             self._free.add(missing)
             self.sketch = widen_fields(self.sketch, missing)
             self.shard = widen(self.shard, missing, 0)
+            if self._newest is not None:
+                self._newest = widen(self._newest, missing, 0)
             if self._mean_value is not None:
                 self._mean_value = widen(self._mean_value, missing, 1)
 
@@ -85,6 +131,8 @@ class PageDirectory:
         kept, number = self._free.compact()
         self.table.renumber(number)
         self.sketch, self.shard = narrow_fields(self.sketch, kept), narrow(self.shard, kept, 0)
+        if self._newest is not None:
+            self._newest = narrow(self._newest, kept, 0)
         if self._mean_value is not None:
             self._mean_value = narrow(self._mean_value, kept, 1)
 
@@ -92,7 +140,7 @@ class PageDirectory:
         """What `reserve` would allocate."""
         missing, size = self._free.missing(num_pages), len(self.shard)
         by_page = [t for t in self.sketch if isinstance(t, torch.Tensor)]
-        by_page += [self.shard, self._mean_value]
+        by_page += [self.shard, self._mean_value, self._newest]
         return growth_bytes(by_page, size, missing) + self._free.growth_bytes(missing)
 
     def admit(self, block: TokenBlock, num_pages: int | None = None) -> Admission:
@@ -108,34 +156,34 @@ class PageDirectory:
         """Take down tokens that leave for their shards."""
         tokens = {name: getattr(block, name) for name in self._buffers.tensors}
         pages = self._buffers.insert(admission, tokens)
-        if not pages:
+        if not admission.is_page.numel():
             return
         is_page, row = admission.is_page, admission.page_row
         self.reserve(is_page.numel())
         place = self._free.allocate(is_page)
         self.table.append(row, admission.page_order, place, is_page)
         slots = row // self._placement.num_ranks
-        if self._sketcher.learns:
-            fit_new(self._sketcher, slots, is_page, pages["keys"])
-        self._sketcher.write(pages["keys"], self.sketch, place, slots)
+        if not self.asks_owners:
+            if self._sketcher.learns:
+                fit_new(self._sketcher, slots, is_page, pages["keys"])
+            self._sketcher.write(pages["keys"], self.sketch, place, slots)
         local = admission.page_group % self._placement.shards_per_rank
         self.shard[place] = local * self._placement.num_ranks + row % self._placement.num_ranks
+        if self._newest is not None:
+            self._newest[place] = pages["position"][:, -1]
         if self._mean_value is not None:
-            values = self._kv.values_of(pages["keys"], pages.get("values"))
+            values = self._kv.values_of(pages.get("keys"), pages.get("values"))
             mean = values.float().mean(dim=2)
             self._mean_value[:, place] = mean.to(self._mean_value.dtype)
 
-    def ask(
-        self, query: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
-        key: tuple[int, ...] | None, num_columns: int,
-    ) -> Ask:
-        """What is known for a step's queries.
+    def listed(
+        self, slots: torch.Tensor, key: tuple[int, ...] | None, num_columns: int
+    ) -> Listed:
+        """The pages of a step's sequences.
 
         Args:
-            query: [n, np, hn].
-            slots: [n], int64, their sequences on this rank.
-            positions: [n], int64, of the queries.
-            key: the same sequences, as the host knows them; None: they change without it.
+            slots: [n], int64, the sequences on this rank.
+            key: the same, as the host knows them; None: they change without it.
             num_columns: m.
         """
         view = None if key is None else self._views.get((key, num_columns))
@@ -143,15 +191,13 @@ class PageDirectory:
             view = self._view(slots, num_columns)
             if key is not None:
                 self._views[key, num_columns] = view
-        directory, lens = view
+        return view
 
-        def judge(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            table = directory.table.flatten(1)
-            return self._sketcher.logits(
-                query, self.sketch, table, lens, slots, self._softmax_scale
-            )
-
-        return Ask(query, slots, positions, directory, judge)
+    def judge(self, query: torch.Tensor, slots: torch.Tensor, listed: Listed) -> SketchJudge:
+        """Of listed pages of the sequences `slots` [n], for query [n, np, hn]."""
+        return SketchJudge(
+            query, slots, listed, self._sketcher, self.sketch, self._softmax_scale
+        )
 
     def tail(self, ask: Ask, columns: torch.Tensor) -> AttentionState:
         """Attention to the pages that are not read, each by its estimated mass and mean value.
@@ -159,11 +205,9 @@ class PageDirectory:
         Args:
             columns: [n, k], int64, the pages that are read, of all ranks; -1 for none.
         """
-        is_read = torch.zeros_like(ask.is_page).long()
-        is_read.scatter_add_(1, columns.clamp(min=0), (columns >= 0).long())
-        is_tail = ask.is_page & (is_read == 0)
         return attend_means(
-            ask.page_logits, is_tail, self._mean_value, ask.directory.table.flatten(1)
+            ask.page_logits, ask.is_left(columns), self._mean_value,
+            ask.directory.table.flatten(1),
         )
 
     def apply(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
@@ -186,16 +230,19 @@ class PageDirectory:
             self._free.release(self.table.pages_of(row))
             self.table.clear(row)
             self._ledger.clear(row)
-        self._sketcher.forget(slot)
+        if not self.asks_owners:
+            self._sketcher.forget(slot)
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         """All tensors, by what they are for."""
-        kept = [*self.sketch, self._mean_value, *self._sketcher.tensors()]
+        kept = [*self.sketch, self._mean_value]
+        kept += [] if self.asks_owners else self._sketcher.tensors()
         return {
             "sketches": [t for t in kept if isinstance(t, torch.Tensor)],
             "sketch buffers": list(self._buffers.tensors.values()),
             "directory": [
-                *self.table.tensors(), *self._ledger.tensors(), self.shard, *self._free.tensors()
+                *self.table.tensors(), *self._ledger.tensors(), self.shard, *self._free.tensors(),
+                *([] if self._newest is None else [self._newest]),
             ],
         }
 
@@ -213,13 +260,20 @@ class PageDirectory:
         ranks = self._placement.num_ranks
         return slots.unsqueeze(1) * ranks + torch.arange(ranks, device=slots.device)
 
-    def _view(
-        self, slots: torch.Tensor, num_columns: int
-    ) -> tuple[Directory, torch.Tensor]:
-        """The pages of sequences, and their lengths [n, G * m], int32, 0 for padding."""
+    def _remembered(self) -> dict[str, tuple[int, int]]:
+        """Heads and width of what is kept of the tokens of open pages, by name."""
+        heads, names = self._kv.heads, set()
+        if not self.asks_owners:
+            names.add("keys")
+        if self.keeps_means:
+            names.add("keys" if self._kv.values_in_keys else "values")
+        return {name: heads[name] for name in heads if name in names}
+
+    def _view(self, slots: torch.Tensor, num_columns: int) -> Listed:
         rows = self._rows(slots)
         is_page = self.table.is_page(rows, num_columns)
         table = torch.where(is_page, self.table.page[rows, :num_columns], self._free.num_pages)
         shard = self.shard[table]
-        directory = Directory(table, is_page, shard, self._placement.num_shards)
-        return directory, is_page.flatten(1).int() * self._page_size
+        newest = None if self._newest is None else self._newest[table]
+        directory = Directory(table, is_page, shard, self._placement.num_shards, newest)
+        return Listed(directory, is_page.flatten(1).int() * self._page_size)

@@ -13,6 +13,7 @@ from pikv_megatron.cache.decode_part import DecodePart
 from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.head_maps import GROUPED, HeadMaps
 from pikv_megatron.cache.leaving import leaving_tokens
+from pikv_megatron.cache.owner_judge import OwnerJudge
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.partial_states import (
     merge_into,
@@ -51,6 +52,8 @@ class LayerCache:
         num_slots: sequences of this home rank.
 
     Attributes:
+        on_bound: told of [n, np], the shares of a step's attention that are not read, at most; to
+            be set where the selector certifies only. None: nobody asks.
         on_attend: told of every step's query, key and value, as they are cached; None: nobody asks.
         peers: layers, in order, that keep the same pages, this one among them; none: it keeps its
             own.
@@ -73,6 +76,8 @@ class LayerCache:
         self._dispatcher = dispatcher
         self._placement = placement
         self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+        self._wire = spec.options.codec.wire(spec.kv)
+        self.on_bound: Callable[[torch.Tensor], None] | None = None
         self._chunk: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._maps = GROUPED
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -173,10 +178,12 @@ class LayerCache:
                 self.window.write_scores(writes.slots, writes.places, self._scores[writes.source])
         self._chunk = self._prompts = self._scores = None
 
-    def reserve(self, num_owned: int, num_noted: int, num_columns: int) -> None:
-        """Allocate pages on this rank, room in the directory for pages of its sequences, and what
-        steps hold of the pages that a sequence has here, at most."""
-        self.store.reserve(num_owned)
+    def reserve(
+        self, num_owned: int, num_noted: int, num_columns: int, num_old: int = 0
+    ) -> None:
+        """Allocate pages on this rank, of which `num_old` grow old, room in the directory for pages
+        of its sequences, and what steps hold of the pages that a sequence has here, at most."""
+        self.store.reserve(num_owned, num_old)
         if self.directory is not None:
             self.directory.reserve(num_noted)
         if self._last_lse is not None:
@@ -189,14 +196,16 @@ class LayerCache:
             self.directory.compact()
 
     @property
-    def num_pages(self) -> tuple[int, int]:
+    def num_pages(self) -> tuple[int, ...]:
         """Pages that there is room for here, and that the directory has room for."""
         noted = 0 if self.directory is None else len(self.directory.shard)
-        return self.store.pool.null_page, noted
+        return *self.store.pool.sizes, noted
 
-    def growth_bytes(self, num_owned: int, num_noted: int, num_columns: int) -> int:
+    def growth_bytes(
+        self, num_owned: int, num_noted: int, num_columns: int, num_old: int = 0
+    ) -> int:
         """What `reserve` would allocate."""
-        growth = self.store.growth_bytes(num_owned)
+        growth = self.store.growth_bytes(num_owned, num_old)
         if self.directory is not None:
             growth += self.directory.growth_bytes(num_noted)
         if self._last_lse is not None:
@@ -237,29 +246,45 @@ class LayerCache:
         if not part.reads_shards:
             state = decode_attention(absorbed, [window], self.spec.softmax_scale)[0]
             return self._maps.emit(state)
-        choice = self._choose(absorbed, plan)
+        near = None
+        if self.selector is not None and self.selector.needs_near:
+            near = decode_attention(absorbed, [window], self.spec.softmax_scale)[0]
+        choice = self._choose(query, absorbed, near, part)
         if not part.reads_far:
             state, mass = self._attend_here(absorbed, window, choice, part)
             state = self._maps.emit(state)
         else:
-            state, mass = self._attend_everywhere(query, absorbed, window, choice, plan)
+            state, mass = self._attend_everywhere(query, absorbed, window, near, choice, plan)
         if mass is not None:
             self.router.learn(part.numbers.window_slots, choice.reads.shards, mass)
+        if self.on_bound is not None:
+            left = choice.ask.left_lse(choice.columns)
+            self.on_bound((left - state.lse[:, 0]).sigmoid())
         if choice.columns is not None and self.directory.keeps_means:
             tail = self.directory.tail(choice.ask, choice.columns)
             state = merge_parts([state, self._maps.emit(tail)])
         return state
 
-    def _choose(self, query: torch.Tensor, plan: StepPlan) -> StepChoice:
+    def _choose(
+        self, query: torch.Tensor, absorbed: torch.Tensor, near: AttentionState | None,
+        part: DecodePart,
+    ) -> StepChoice:
         if self.router is None and self.selector is None:
             return StepChoice(Reads())
-        part = plan.decode
-        num_columns = self.store.num_columns(part.most_pages)
-        who = query[:, 0], part.numbers.window_slots, part.numbers.positions
+        slots = part.numbers.window_slots
+        who = absorbed[:, 0], slots, part.numbers.positions
         if self.directory is None:
-            ask = Ask(*who)
+            return choose(self.router, self.selector, Ask(*who))
+        num_columns = self.store.num_columns(part.most_pages)
+        listed = self.directory.listed(slots, part.own_reads.key, num_columns)
+        if self.directory.asks_owners:
+            judge = OwnerJudge(
+                query[:, 0], self._maps, part, self.store, self._dispatcher, listed.lens > 0
+            )
         else:
-            ask = self.directory.ask(*who, part.own_reads.key, num_columns)
+            judge = self.directory.judge(absorbed[:, 0], slots, listed)
+        near_lse = None if near is None else near.lse[:, 0]
+        ask = Ask(*who, listed.directory, judge, near_lse, self.spec.number)
         return choose(self.router, self.selector, ask)
 
     def _attend_here(
@@ -270,8 +295,12 @@ class LayerCache:
         columns, rank = choice.reads.columns, self._placement.rank
         reads = part.own_reads
         if choice.ask is not None:
+            drawn = choice.reads.drawn
             reads = reads._replace(
-                visited=choice.reads.shards, columns=None if columns is None else columns[:, rank]
+                visited=choice.reads.shards,
+                columns=None if columns is None else columns[:, rank],
+                drawn=None if drawn is None else drawn[:, rank],
+                log_weight=choice.reads.log_weight,
             )
         # What was held may be of a step in which queries travelled.
         slots = part.numbers.window_slots
@@ -288,22 +317,26 @@ class LayerCache:
         return state, mass
 
     def _attend_everywhere(
-        self, query: torch.Tensor, absorbed: torch.Tensor, window: PageList, choice: StepChoice,
-        plan: StepPlan,
+        self, query: torch.Tensor, absorbed: torch.Tensor, window: PageList,
+        near: AttentionState | None, choice: StepChoice, plan: StepPlan,
     ) -> tuple[AttentionState, torch.Tensor | None]:
-        """Queries go to the owners; while they travel, home attends to its window."""
+        """Queries go to the owners; while they travel, home attends to its window, unless it
+        had to before."""
         part, reads, maps = plan.decode, choice.reads, self._maps
         layout = HeaderLayout(
             0 if reads.shards is None else reads.shards.shape[1],
             0 if reads.columns is None else reads.columns.shape[2],
             0 if self._last_lse is None else self.spec.num_heads,
+            0 if reads.drawn is None else reads.drawn.shape[2],
         )
         slots = part.numbers.window_slots
         last_lse = None if self._last_lse is None else self._last_lse[slots]
         header = layout.pack(reads, part.own_reads, last_lse, self._placement.num_ranks)
         goes_to, sent = self._visited_ranks(reads), maps.sent(query)
         route = self._dispatcher.post(sent, header, part.counts, goes_to)
-        near = maps.returned(decode_attention(absorbed, [window], self.spec.softmax_scale)[0])
+        if near is None:
+            near = decode_attention(absorbed, [window], self.spec.softmax_scale)[0]
+        near = maps.returned(near)
         arrived, header = self._dispatcher.wait(route, sent, header)
         arrived_reads, arrived_lse = layout.unpack(header, part.all_reads)
         owned, shares = self.store.attend_decoding(
@@ -387,13 +420,19 @@ class LayerCache:
             copies = 1 if experts is None else experts.shape[1]
             owner = self._placement.owner(block.shard)
             counts = [count * copies for count in flush.counts]
-            block = block.unpacked(self._dispatcher.send(block.packed(), owner, counts))
+            block = block.sent(
+                self._wire, lambda rows: self._dispatcher.send(rows, owner, counts)
+            )
+        elif any(self._wire):
+            # Rounded as on the way, so that a cache is the same over any number of ranks.
+            block = block.sent(self._wire, lambda rows: rows)
         stored = flush.once("stored", lambda: self.store.admit(block, flush.num_stored))
         self.store.insert(block, stored)
         if self.store.drops:
             if self.store.statistics is not None and self._prompts is not None:
                 self._observe(plan)
             self._prune(plan)
+        self.store.grow_old(flush.numbers.all_slots, flush.most_pages)
 
     def _observe(self, plan: StepPlan) -> None:
         """Let the prompts' last queries judge every page, those just sealed included.

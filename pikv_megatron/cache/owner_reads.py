@@ -1,6 +1,6 @@
 """What queries that came to an owner read of its part.
 
-Legend: n queries' sequences, N shards, k pages read, m columns.
+Legend: n queries' sequences, N shards, k pages read, k' drawn, m columns.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,9 @@ class OwnerReads(NamedTuple):
         visited: [n, N], bool, the visited shards; None for all of them.
         columns: [n, k], int64, pages to read by their columns, -1 for none; None for all of the
             visited shards.
+        drawn: [n, k'], int64, further pages by their columns, which stand for others, -1 for none;
+            None: no page does.
+        log_weight: [n], float32, log of how often each drawn page counts.
         positions: [n], int64, of the queries (of several, the last), where masses are counted.
     """
 
@@ -26,6 +29,8 @@ class OwnerReads(NamedTuple):
     key: tuple[int, ...] | None = None
     visited: torch.Tensor | None = None
     columns: torch.Tensor | None = None
+    drawn: torch.Tensor | None = None
+    log_weight: torch.Tensor | None = None
     positions: torch.Tensor | None = None
 
     @property

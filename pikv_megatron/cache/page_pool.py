@@ -5,7 +5,7 @@ import torch
 from pikv_megatron.cache.free_list import FreeList
 from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.codec.codec import PageCodec
-from pikv_megatron.types import KVPages
+from pikv_megatron.types import KVPages, PageList
 
 
 class PagePool:
@@ -31,21 +31,52 @@ class PagePool:
         self.earlier_shards = (
             torch.zeros(1, page_size, dtype=torch.int64, device=device) if has_replicas else None
         )
-        self.score = (
-            torch.zeros(1, num_scores, device=device) if num_scores else None
-        )
+        self.score = torch.zeros(1, num_scores, device=device) if num_scores else None
 
     @property
     def null_page(self) -> int:
         return self.free.num_pages
 
-    def reserve(self, count: int) -> int:
-        """See that `count` pages are free; how many the pool grew by."""
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Pages that there is room for."""
+        return (self.null_page,)
+
+    def allocate(self, is_page: torch.Tensor) -> torch.Tensor:
+        """A page for every True of [c]; the others get the null page. As many are surely free."""
+        return self.free.allocate(is_page)
+
+    def places(self, pages: torch.Tensor) -> torch.Tensor:
+        """Where in `kv` pages [...] that are to be sealed lie."""
+        return pages
+
+    def release(self, pages: torch.Tensor) -> None:
+        """Take pages [c] back."""
+        self.free.release(pages)
+
+    def release_some(self, pages: torch.Tensor, is_released: torch.Tensor) -> None:
+        """Take back the pages [c] for which is_released [c] is True."""
+        self.free.release_some(pages, is_released)
+
+    def lists(self, sealed: PageList) -> list[PageList]:
+        """What is attended to, where pages are listed by their numbers: lists of as many columns,
+        of which one reads a page."""
+        return [sealed]
+
+    def restore(
+        self, codec: PageCodec, pages: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values [ng, c, S, hn] that pages [c] of the sequences `slots` stand for."""
+        return codec.restore(self.kv, pages, slots)
+
+    def reserve(self, count: int, num_old: int = 0) -> int:
+        """See that `count` pages are free, `num_old` of them for what grows old; how many the pool
+        grew by."""
         missing = self.free.missing(count)
+        self._reserve_places(missing, count, num_old)
         if not missing:
             return 0
         self.free.add(missing)
-        self.kv = widen_fields(self.kv, missing)
         self.position = widen(self.position, missing, 0)
         self.shard = widen(self.shard, missing, 0)
         if self.earlier_shards is not None:
@@ -57,7 +88,7 @@ class PagePool:
     def compact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Give back the memory of free pages; see `FreeList.compact` for what is returned."""
         kept, number = self.free.compact()
-        self.kv = narrow_fields(self.kv, kept)
+        self._narrow_places(kept)
         self.position = narrow(self.position, kept, 0)
         self.shard = narrow(self.shard, kept, 0)
         if self.earlier_shards is not None:
@@ -66,21 +97,38 @@ class PagePool:
             self.score = narrow(self.score, kept, 0)
         return kept, number
 
-    def growth_bytes(self, count: int) -> int:
+    def growth_bytes(self, count: int, num_old: int = 0) -> int:
         """What `reserve` would allocate."""
         missing = self.free.missing(count)
-        own = growth_bytes(self._by_page(), self.null_page + 1, missing)
+        own = growth_bytes(self._described(), self.null_page + 1, missing)
+        own += self._places_growth_bytes(missing, count, num_old)
         return own + self.free.growth_bytes(missing)
+
+    def check_integrity(self) -> None:
+        """Nothing is held besides what pages are."""
 
     def metadata(self) -> list[torch.Tensor]:
         """What is kept of pages besides what they store."""
         return [t for t in self._described() if t is not None] + self.free.tensors()
 
-    def tensors(self) -> list[torch.Tensor]:
-        return self.kv.tensors + self.metadata()
+    def payload(self) -> list[torch.Tensor]:
+        """Their keys and values as stored."""
+        return self.kv.tensors
 
-    def _by_page(self) -> list[torch.Tensor | None]:
-        return [*self.kv.tensors, *self._described()]
+    def tensors(self) -> list[torch.Tensor]:
+        return self.payload() + self.metadata()
+
+    def _reserve_places(self, missing: int, count: int, num_old: int) -> None:
+        """As `reserve`, of places in `kv`; the pool lacks `missing` numbers."""
+        if missing:
+            self.kv = widen_fields(self.kv, missing)
+
+    def _places_growth_bytes(self, missing: int, count: int, num_old: int) -> int:
+        return growth_bytes(self.kv.tensors, self.null_page + 1, missing)
+
+    def _narrow_places(self, kept: torch.Tensor) -> None:
+        """Keep the places of the pages `kept` [k]."""
+        self.kv = narrow_fields(self.kv, kept)
 
     def _described(self) -> list[torch.Tensor | None]:
         return [self.position, self.shard, self.earlier_shards, self.score]

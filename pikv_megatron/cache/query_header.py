@@ -1,10 +1,11 @@
 """What an owner is told of a decode step's query, besides the query itself.
 
 One row of int32 words for each (query, owner): the sequence's slot, the query's position and the
-visited shards where queries are routed, the columns to read where pages are selected, and the
-log-sum-exp of the sequence's last attention where masses are counted.
+visited shards where queries are routed, the columns to read where pages are selected, those drawn
+by lot and what they count for, and the log-sum-exp of the sequence's last attention where masses
+are counted.
 
-Legend: n queries, G ranks, N shards, k columns, np query heads.
+Legend: n queries, G ranks, N shards, k columns, k' drawn ones, np query heads.
 """
 
 from typing import NamedTuple
@@ -23,16 +24,18 @@ class HeaderLayout(NamedTuple):
         num_shards: N where queries are routed, else 0.
         num_columns: k where pages are selected, else 0.
         num_heads: np where masses are counted, else 0.
+        num_drawn: k' where pages are drawn by lot, else 0.
     """
 
     num_shards: int
     num_columns: int
     num_heads: int
+    num_drawn: int = 0
 
     @property
     def num_words(self) -> int:
         """Of one row."""
-        return self._shard_words + self.num_columns + self.num_heads
+        return self._shard_words + self.num_columns + self._drawn_words + self.num_heads
 
     def pack(
         self, reads: Reads, own: OwnerReads, last_lse: torch.Tensor | None, num_ranks: int
@@ -51,6 +54,9 @@ class HeaderLayout(NamedTuple):
             fields.append(told.unsqueeze(1).expand(-1, num_ranks, -1))
         if self.num_columns:
             fields.append(reads.columns.int())
+        if self.num_drawn:
+            weight = reads.log_weight.float().view(torch.int32)
+            fields += [reads.drawn.int(), weight.view(-1, 1, 1).expand(-1, num_ranks, -1)]
         if self.num_heads:
             fields.append(last_lse.contiguous().view(torch.int32))
         if not fields:
@@ -67,15 +73,23 @@ class HeaderLayout(NamedTuple):
         """
         if header is None:
             return reads, None
-        sizes = [self._shard_words, self.num_columns, self.num_heads]
-        told, columns, lse = header.split(sizes, dim=1)
+        sizes = [self._shard_words, self.num_columns, self._drawn_words, self.num_heads]
+        told, columns, drawn, lse = header.split(sizes, dim=1)
         if self.num_shards:
             slots, positions = told[:, :2].long().unbind(1)
             visited = unpack_bits(told[:, 2:], self.num_shards)
             reads = OwnerReads(slots, reads.num_columns, visited=visited, positions=positions)
         if self.num_columns:
             reads = reads._replace(columns=columns.long())
+        if self.num_drawn:
+            weight = drawn[:, -1].contiguous().view(torch.float32)
+            reads = reads._replace(drawn=drawn[:, :-1].long(), log_weight=weight)
         return reads, lse.contiguous().view(torch.float32) if self.num_heads else None
+
+    @property
+    def _drawn_words(self) -> int:
+        """Columns, and what they count for."""
+        return self.num_drawn + 1 if self.num_drawn else 0
 
     @property
     def _shard_words(self) -> int:

@@ -6,11 +6,13 @@ with a token buffer.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TypeVar
 
 import torch
 
-from pikv_megatron.cache.ageing import pool_level
+from pikv_megatron.cache.aged_pool import AgedPagePool
+from pikv_megatron.cache.ageing import old_pages, pool_level
 from pikv_megatron.cache.first_pages import fit_new
 from pikv_megatron.cache.ledger import Admission, PageLedger
 from pikv_megatron.cache.owner_reads import OwnerReads
@@ -26,6 +28,7 @@ from pikv_megatron.retention.base import beyond
 from pikv_megatron.types import AttentionState, KVPages, PageList, PageStats
 
 Kept = TypeVar("Kept")
+TABLE = "table", "lens"  # of a list: which pages, and how much of them
 
 
 class ShardStore:
@@ -57,12 +60,13 @@ class ShardStore:
         self.num_slots = num_slots
         self.retention = options.retention.build(spec.fitted)
         self._budget, self._kv, self._pinned = options.budget, kv, pinned
-        self._softmax_scale = spec.softmax_scale
+        self._softmax_scale, self._num_heads = spec.softmax_scale, spec.num_heads
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
         self._has_token_scores = options.retention.needs_scores
         num_scores = 0 if self.retention is None else self.retention.num_scores
-        self.pool = PagePool(self._codec, page_size, has_replicas, num_scores, kv.device)
+        kind = PagePool if self._codec.older is None else AgedPagePool
+        self.pool = kind(self._codec, page_size, has_replicas, num_scores, kv.device)
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
         metadata |= {"score": torch.float32} if self._has_token_scores else {}
@@ -82,10 +86,11 @@ class ShardStore:
         self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
 
-    def reserve(self, num_pages: int) -> None:
-        """See that `num_pages` pages are free before any token is computed."""
+    def reserve(self, num_pages: int, num_old: int = 0) -> None:
+        """See that `num_pages` pages are free before any token is computed, `num_old` of them for
+        what grows old."""
         self._lists.clear()
-        grown = self.pool.reserve(num_pages)
+        grown = self.pool.reserve(num_pages, num_old)
         if grown and self.statistics is not None:
             self.statistics.widen(grown)
 
@@ -97,9 +102,9 @@ class ShardStore:
         if self.statistics is not None:
             self.statistics.compact(kept, number)
 
-    def growth_bytes(self, num_pages: int) -> int:
+    def growth_bytes(self, num_pages: int, num_old: int = 0) -> int:
         """What `reserve` would allocate."""
-        own = self.pool.growth_bytes(num_pages)
+        own = self.pool.growth_bytes(num_pages, num_old)
         if self.statistics is None:
             return own
         return own + self.statistics.growth_bytes(self.pool.free.missing(num_pages))
@@ -116,6 +121,12 @@ class ShardStore:
         most_kept = self._budget.most(most_pages, self._shards) + self._pinned.most_pages
         return min(most_pages, most_kept)
 
+    def num_old(self, num_columns: int) -> int:
+        """Those of a sequence's pages that are stored as older ones are, if all shards have as
+        many."""
+        older = self._codec.older
+        return 0 if older is None else max(0, num_columns - older.young * self._shards)
+
     @property
     def drops(self) -> bool:
         """Whether pages are given back before their sequence ends."""
@@ -126,6 +137,11 @@ class ShardStore:
         """Whether layers of the same policy keep the same pages."""
         policy = self.retention
         return policy is not None and policy.sums_layers and not policy.keeps_none
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether what a step fills takes, for the moment, more than is left of it."""
+        return self.drops or self._codec.older is not None
 
     @property
     def num_verdicts(self) -> int:
@@ -148,6 +164,17 @@ class ShardStore:
             self._drop(slots, drop)
             drops.append(drop)
         return drops
+
+    def grow_old(self, slots: torch.Tensor, most_pages: int) -> None:
+        """Store pages of sequences [r] that are among the newest no longer as older ones."""
+        older = self._codec.older
+        if older is not None:
+            self._lists.clear()
+            pages = self.table.page[slots, :most_pages]
+            is_old = old_pages(self._stats(slots, most_pages), older.young)
+            moved = pages[is_old & (self.pool.place[pages] >= 0)]
+            if moved.numel():
+                self.pool.grow_old(moved)
 
     def admit(self, block: TokenBlock, num_pages: int | None = None) -> Admission:
         """Number tokens, the same in every layer that places them alike; `num_pages` as of the
@@ -180,9 +207,7 @@ class ShardStore:
             near: lists that are attended to besides, in the same softmax.
         """
         sealed, opened = self._list(reads)
-        return self._codec.attend(
-            query, sealed, [opened, *near], self._softmax_scale, reads.slots
-        )[0]
+        return self._attend(query, reads, sealed, [opened, *near], drawn=self._drawn(reads))[0]
 
     def attend_decoding(
         self, query: torch.Tensor, reads: OwnerReads, near: list[PageList],
@@ -202,9 +227,7 @@ class ShardStore:
         if self.statistics is None and not by_shard:
             return self.attend(query, reads, near), None
         sealed, opened = self._list(reads)
-        state, (mass, of_open, *_) = self._codec.attend(
-            query, sealed, [opened, *near], self._softmax_scale, reads.slots, with_mass=True
-        )
+        state, mass, (of_open, *_) = self._attend(query, reads, sealed, [opened, *near], True)
         if self.statistics is not None:
             pages = torch.where(sealed.lens > 0, sealed.table, -1)
             self._count(reads, pages, mass[:, 0], state.lse[:, 0], last_lse)
@@ -212,6 +235,21 @@ class ShardStore:
             return state, None
         shard = self.placement.local_shard(self.pool.shard[sealed.table].long())
         return state, of_open.scatter_add(3, shard[:, None, None].expand_as(mass), mass)
+
+    def page_logits(self, query: torch.Tensor, reads: OwnerReads) -> torch.Tensor:
+        """What query [n, np, hn] would find in every page of n sequences here, from its stored
+        keys: [n, np, m], see `PageCodec.page_logits`."""
+        num_columns = self.num_columns(reads.num_columns)
+        sealed = self._kept(
+            "sealed", None if reads.key is None else (num_columns, reads.key),
+            lambda: self._sealed(reads, num_columns),
+        )
+        found = [
+            self._codec.page_logits(query, part, self._softmax_scale, reads.slots)
+            for part in self.pool.lists(sealed)
+        ]
+        # A page is in one of the lists.
+        return reduce(torch.maximum, found)
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
         """Count the masses of a prompt's last queries.
@@ -223,9 +261,7 @@ class ShardStore:
                 the position of its last query.
         """
         sealed = self._sealed(reads, reads.num_columns)
-        state, (mass,) = self._codec.attend(
-            query, sealed, [], self._softmax_scale, reads.slots, with_mass=True
-        )
+        state, mass, _ = self._attend(query, reads, sealed, [], with_mass=True)
         shares = mass * (state.lse - lse).exp().unsqueeze(3)
         pages = torch.where(sealed.lens > 0, sealed.table, -1)
         age = torch.arange(query.shape[1] - 1, -1, -1, device=query.device)
@@ -265,7 +301,7 @@ class ShardStore:
     def release(self, slot: int) -> None:
         """Give back every page and buffer of a sequence."""
         self._lists.clear()
-        self.pool.free.release(self.table.pages_of(slot))
+        self.pool.release(self.table.pages_of(slot))
         self.table.clear(slot)
         self.ledger.clear(slot)
         # The next sequence reads around what is left there: it must be finite.
@@ -278,7 +314,7 @@ class ShardStore:
     def parts(self) -> dict[str, list[torch.Tensor]]:
         """All tensors, by what they are for."""
         return {
-            "pages": self.pool.kv.tensors,
+            "pages": self.pool.payload(),
             "codecs": self._codec.tensors(),
             "buffers": list(self.buffers.tensors.values()),
             "tables": self.table.tensors() + self.ledger.tensors() + self.pool.metadata(),
@@ -298,7 +334,7 @@ class ShardStore:
         self, pages: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [ng, c, S, w] that pages [c] of the sequences `slots` [c] stand for."""
-        return self._codec.restore(self.pool.kv, pages, slots)
+        return self.pool.restore(self._codec, pages, slots)
 
     def check_integrity(self) -> None:
         """Every page is free or in exactly one table, and the counts agree."""
@@ -307,6 +343,7 @@ class ShardStore:
         assert torch.equal(every, torch.arange(self.pool.null_page, device=every.device)), (
             "pages lost or held twice"
         )
+        self.pool.check_integrity()
         full = self.ledger.num_tokens[:-1] // self.page_size
         filled = full.view(self.num_slots, -1).sum(1)
         assert torch.equal(filled, self.ledger.num_pages), "page counts disagree with token counts"
@@ -324,10 +361,30 @@ class ShardStore:
         """Times that pages are pooled as they age."""
         return 0 if self._codec.ageing is None else self._codec.ageing.levels
 
+    def _attend(
+        self, query: torch.Tensor, reads: OwnerReads, sealed: PageList, plain: list[PageList],
+        with_mass: bool = False, drawn: Sequence[PageList] = (),
+    ) -> tuple[AttentionState, torch.Tensor | None, list[torch.Tensor]]:
+        """The attention, and if asked for the masses of the sealed pages and of the other lists;
+        of pages that are drawn besides there are none."""
+        lists = self._kept(
+            "lists", None if reads.key is None or not reads.is_everything
+            else (sealed.table.shape[1], reads.key),
+            lambda: self.pool.lists(sealed),
+        )
+        others = [part for each in drawn for part in self.pool.lists(each)]
+        state, masses = self._codec.attend(
+            query, [*lists, *others], plain, self._softmax_scale, reads.slots, with_mass
+        )
+        if masses is None:
+            return state, None, []
+        # A page is read through one of the lists, and has no mass in the others.
+        return state, sum(masses[1 : len(lists)], masses[0]), masses[len(lists) :]
+
     def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
         """Store the pages that became full, and list them."""
         self.reserve(admission.is_page.numel())
-        pages = self.pool.free.allocate(admission.is_page)
+        pages = self.pool.allocate(admission.is_page)
         self.table.append(admission.page_row, admission.page_order, pages, admission.is_page)
         local = admission.page_group % self._shards
         shard = local * self.placement.num_ranks + self.placement.rank
@@ -345,7 +402,7 @@ class ShardStore:
             self.pool.score[pages] = self.retention.score_pages(keys, values, full["position"])
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, keys, values)
-        self._codec.seal(keys, values, self.pool.kv, pages, slots)
+        self._codec.seal(keys, values, self.pool.kv, self.pool.places(pages), slots)
         if self.on_seal is not None:
             real = admission.is_page.nonzero().squeeze(1)
             self.on_seal(keys[:, real], values[:, real], pages[real], slots[real])
@@ -354,7 +411,7 @@ class ShardStore:
         """Give pages [r, m] back."""
         pages, is_dropped = (x.flatten() for x in self.table.apply(slots, drop))
         if pages.numel():
-            self.pool.free.release_some(pages, is_dropped)
+            self.pool.release_some(pages, is_dropped)
             if self.statistics is not None:
                 self.statistics.forget(pages, is_dropped)
 
@@ -397,8 +454,20 @@ class ShardStore:
             "open", kept if reads.visited is None else None, lambda: self._open(reads)
         )
         if self.on_read is not None:
-            self.on_read(reads, sealed, opened)
+            every = [sealed, *self._drawn(reads)]
+            table, lens = (torch.cat([getattr(x, name) for x in every], 1) for name in TABLE)
+            self.on_read(reads, sealed._replace(table=table, lens=lens), opened)
         return sealed, opened
+
+    def _drawn(self, reads: OwnerReads) -> list[PageList]:
+        """Pages that stand for others."""
+        if reads.drawn is None:
+            return []
+        pages, is_read = self._pages(
+            reads._replace(columns=reads.drawn), self.num_columns(reads.num_columns)
+        )
+        weight = reads.log_weight.view(-1, 1, 1).expand(-1, 1, self._num_heads)
+        return [PageList(self.pool.kv, pages, is_read.int() * self.page_size, None, weight)]
 
     def _kept(
         self, name: str, key: tuple | None, make: Callable[[], Kept]

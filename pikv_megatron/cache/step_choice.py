@@ -36,7 +36,13 @@ def choose(router: KVRouter | None, selector: PageSelector | None, ask: Ask) -> 
     if shards is not None:
         may_read = may_read & shards.gather(1, ask.directory.shard.flatten(1))
     columns = selector.select(ask, may_read, may_read.shape[1])
-    return StepChoice(Reads(shards, by_rank(columns, *ask.directory.table.shape[1:])), columns, ask)
+    places = ask.directory.table.shape[1:]
+    reads = Reads(shards, by_rank(columns, *places))
+    if selector.samples:
+        sample = selector.draw(ask, columns)
+        drawn = by_rank(sample.columns, *places)
+        reads = reads._replace(drawn=drawn, log_weight=sample.log_weight)
+    return StepChoice(reads, columns, ask)
 
 
 def by_rank(columns: torch.Tensor, num_ranks: int, num_columns: int) -> torch.Tensor:

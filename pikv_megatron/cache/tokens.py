@@ -1,10 +1,12 @@
 """The tokens that leave a stream window for their shards."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pikv_megatron.codec.wire import Wire
 from pikv_megatron.parallel.packet import pack_rows, unpack_rows
 
 
@@ -29,19 +31,25 @@ class TokenBlock(NamedTuple):
     earlier_shards: Tensor
     score: Tensor | None = None
 
-    def packed(self) -> Tensor:
-        """[t, bytes], uint8, for the journey."""
-        return pack_rows(self._by_token())
-
-    def unpacked(self, rows: Tensor) -> "TokenBlock":
-        """The block that rows [t', bytes] hold, of the same types and widths."""
-        header, *parts = unpack_rows(rows, self._by_token())
-        score = None if self.score is None else parts.pop()
-        keys, values = *(part.transpose(0, 1) for part in parts), *[None] * (2 - len(parts))
-        return TokenBlock(keys, values, *header.unbind(1), score)
-
-    def _by_token(self) -> list[Tensor]:
+    def sent(self, wire: Wire, send: Callable[[Tensor], Tensor]) -> "TokenBlock":
+        """The block that comes where `send` takes rows [t, bytes] away and gives rows [t', bytes].
+        """
         header = torch.stack([self.slot, self.shard, self.position, self.earlier_shards], dim=1)
-        parts = [self.keys] if self.values is None else [self.keys, self.values]
-        scores = [] if self.score is None else [self.score]
-        return [header, *(part.transpose(0, 1) for part in parts), *scores]
+        parts = {"header": [header], "score": [] if self.score is None else [self.score]}
+        for name, side in zip(("keys", "values"), wire):
+            x = getattr(self, name)
+            if x is not None:
+                x = x.transpose(0, 1)
+                parts[name] = [x] if side is None else side.pack(x)
+        fields = [field for part in parts.values() for field in part]
+        rows = iter(unpack_rows(send(pack_rows(fields)), fields))
+        came = {name: [next(rows) for _ in part] for name, part in parts.items()}
+        heads = []
+        for name, side in zip(("keys", "values"), wire):
+            x = came.get(name)
+            if x is not None:
+                x = x[0] if side is None else side.unpack(*x).to(self.keys.dtype)
+                x = x.transpose(0, 1)
+            heads.append(x)
+        score = came["score"][0] if came["score"] else None
+        return TokenBlock(*heads, *came["header"][0].unbind(1), score)

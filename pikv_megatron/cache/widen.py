@@ -5,17 +5,29 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from pikv_megatron.cache.address_space import reserved_zeros, room_of
+
+# Address space for so many times what a pool needs when it moves; no memory.
+ROOM = 64
 Fields = TypeVar("Fields", bound=NamedTuple)
 
 
 def widen(pool: torch.Tensor, count: int, dim: int) -> torch.Tensor:
-    """Insert `count` entries of zeros before the last one of `dim`."""
+    """Insert `count` entries of zeros before the last one of `dim`, 0 or 1.
+
+    In place, where there is room; if not, the pool moves once more, to where it can grow much.
+    """
     size = pool.shape[dim]
     shape = list(pool.shape)
     shape[dim] = size + count
-    wide = pool.new_zeros(shape)
-    wide.narrow(dim, 0, size - 1).copy_(pool.narrow(dim, 0, size - 1))
-    wide.narrow(dim, size + count - 1, 1).copy_(pool.narrow(dim, size - 1, 1))
+    if room_of(pool, dim) < size + count:
+        room = ROOM * (size + count)
+        moved = reserved_zeros(shape, dim, room, pool.dtype, pool.device).narrow(dim, 0, size)
+        pool = moved.copy_(pool)
+    wide = pool.as_strided(shape, pool.stride())
+    last = pool.narrow(dim, size - 1, 1)
+    wide.narrow(dim, size + count - 1, 1).copy_(last)
+    last.zero_()
     return wide
 
 

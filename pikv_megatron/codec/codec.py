@@ -5,6 +5,7 @@ heads, m pages listed for a sequence.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -14,7 +15,9 @@ from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.expand_pages import expand_pages
 from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.ops.seal_page import seal_page
-from pikv_megatron.types import AttentionState, KVPages, KVShape, PageList
+from pikv_megatron.types import AttentionState, KVPages, KVShape, PageList, SharedRow
+
+LEAST_MASS = torch.finfo(torch.float32).tiny  # whose logarithm there is
 
 
 class PageCodec:
@@ -30,6 +33,7 @@ class PageCodec:
     Attributes:
         pooled: neighbours that are stored as one token when they are sealed.
         ageing: as given.
+        older: how older pages are packed; None: as they were.
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class PageCodec:
     ):
         self._transform = transform
         self._format = page_format
-        self.ageing = ageing
+        self.ageing, self.older = ageing, page_format.older
         self._stored, self.pooled = kv, 1 if transform is None else transform.pooled
         if transform is not None:
             self._stored = kv._replace(
@@ -48,7 +52,14 @@ class PageCodec:
 
     def allocate(self, num_pages: int) -> KVPages:
         """An empty pool of `num_pages` pages."""
-        pages = self._format.allocate(self._stored, num_pages, self._page_size)
+        return self._allocate(self._format, num_pages)
+
+    def allocate_old(self, num_pages: int) -> KVPages:
+        """The same for older pages."""
+        return self._allocate(self.older.format, num_pages)
+
+    def _allocate(self, page_format: FormatOptions, num_pages: int) -> KVPages:
+        pages = page_format.allocate(self._stored, num_pages, self._page_size)
         if self.pooled > 1 or self.ageing is not None:
             logs = torch.zeros(num_pages, device=self._stored.device)
             pages = pages._replace(log_multiplicity=logs)
@@ -69,6 +80,15 @@ class PageCodec:
         if pages.log_multiplicity is not None:
             pages.log_multiplicity[page] = math.log(self.pooled << level)
 
+    def reseal(
+        self, pages: KVPages, page: torch.Tensor, old: KVPages, old_page: torch.Tensor
+    ) -> None:
+        """Write the pages `page` [c] of a pool to the places old_page [c] of one of older pages."""
+        keys, values = expand_pages(pages, page)
+        seal_page(keys, None if old.values is None else values, old, old_page)
+        if old.log_multiplicity is not None:
+            old.log_multiplicity[old_page] = pages.log_multiplicity[page]
+
     def levels(self, pages: KVPages, page: torch.Tensor) -> torch.Tensor:
         """Times that pages [...] were pooled after they were sealed, int64."""
         logs = pages.log_multiplicity[page] / math.log(2)
@@ -84,17 +104,17 @@ class PageCodec:
         return self._transform.decode(keys, values, slots)
 
     def attend(
-        self, query: torch.Tensor, sealed: PageList, plain: list[PageList], softmax_scale: float,
-        slots: torch.Tensor, with_mass: bool = False,
+        self, query: torch.Tensor, sealed: list[PageList], plain: list[PageList],
+        softmax_scale: float, slots: torch.Tensor, with_mass: bool = False,
     ) -> tuple[AttentionState, list[torch.Tensor] | None]:
-        """Attention of query [n, sq, np, hn] over sealed pages and over lists as computed.
+        """Attention of query [n, sq, np, hn] over lists of sealed pages and lists as computed.
 
         Returns:
             The attention; and the shares of it that the pages of each list have, sealed ones first,
             [n, sq, np, m], if asked.
         """
         if self._transform is None:
-            return decode_attention(query, [sealed, *plain], softmax_scale, with_mass)
+            return decode_attention(query, [*sealed, *plain], softmax_scale, with_mass)
         far, masses = self._attend_transformed(query, sealed, softmax_scale, slots, with_mass)
         if not plain:
             return far, masses
@@ -106,6 +126,27 @@ class PageCodec:
         return state, [
             mass * (lse - state.lse).exp().unsqueeze(3) for lse, part in by_part for mass in part
         ]
+
+    def page_logits(
+        self, query: torch.Tensor, sealed: PageList, softmax_scale: float, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """What query [n, np, hn] would find in sealed pages, from their keys alone.
+
+        Returns:
+            [n, np, m], float32, the log of each page's summed exponentials, -inf where none is
+            listed. A page that has less than 1e-38 of the whole's is said to have that.
+        """
+        query, (listed,) = self._absorbed(query.unsqueeze(1), [sealed], softmax_scale, slots)
+        # The attention is over the first channel of the keys, and is not looked at.
+        pages = listed.pages._replace(
+            values=None, value_scale=None, value_zero=None,
+            shared=SharedRow(listed.pages.page_size, 1),
+        )
+        state, (mass,) = decode_attention(
+            query, [listed._replace(pages=pages)], softmax_scale, with_mass=True
+        )
+        logit = mass.clamp(min=LEAST_MASS).log() + state.lse.unsqueeze(3)
+        return logit.squeeze(1).masked_fill_((sealed.lens == 0).unsqueeze(1), -torch.inf)
 
     @property
     def learns(self) -> bool:
@@ -130,16 +171,30 @@ class PageCodec:
         return [] if self._transform is None else self._transform.tensors()
 
     def _attend_transformed(self, query, sealed, softmax_scale, slots, with_mass):
-        absorbed, bias = self._transform.absorb(query, slots)
-        listed = self._stored_list(sealed)
-        if bias is not None:
-            listed = listed._replace(logit_bias=bias * softmax_scale)
-        state, masses = decode_attention(
-            absorbed.to(query.dtype), [listed], softmax_scale, with_mass
-        )
+        absorbed, lists = self._absorbed(query, sealed, softmax_scale, slots)
+        state, masses = decode_attention(absorbed, lists, softmax_scale, with_mass)
         out = self._transform.emit(state.out, slots)
         has_keys = (state.lse > -torch.inf).unsqueeze(3)
         return AttentionState(out * has_keys, state.lse), masses
+
+    def _absorbed(
+        self, query: torch.Tensor, sealed: Sequence[PageList], softmax_scale: float,
+        slots: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[PageList]]:
+        """A query [n, sq, np, hn] as it meets what is stored, and lists as they are stored."""
+        if self._transform is None:
+            return query, list(sealed)
+        absorbed, bias = self._transform.absorb(query, slots)
+        lists = [self._stored_list(each) for each in sealed]
+        if bias is not None:
+            bias = bias * softmax_scale
+            lists = [
+                each._replace(
+                    logit_bias=bias if each.logit_bias is None else bias + each.logit_bias
+                )
+                for each in lists
+            ]
+        return absorbed.to(query.dtype), lists
 
     def _stored_list(self, sealed: PageList) -> PageList:
         """A list of whole pages, with as many tokens as are stored of them."""

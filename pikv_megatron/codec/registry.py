@@ -5,12 +5,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from pikv_megatron.codec.codec import PageCodec
+from pikv_megatron.codec.format.aged import AgedOptions
+from pikv_megatron.codec.format.base import num_groups
 from pikv_megatron.codec.format.float8 import Float8Options
 from pikv_megatron.codec.format.int2 import Int2Options
 from pikv_megatron.codec.format.int3 import Int3Options
 from pikv_megatron.codec.format.int4 import Int4Options
 from pikv_megatron.codec.format.int8 import Int8Options
-from pikv_megatron.codec.format.mixed import MixedOptions
+from pikv_megatron.codec.format.mixed import MixedOptions, from_pair
 from pikv_megatron.codec.format.plain import PlainOptions
 from pikv_megatron.codec.rotation import RotatedTransform
 from pikv_megatron.codec.transform.chunkkv import ChunkKVOptions
@@ -24,6 +26,7 @@ from pikv_megatron.codec.transform.moments import KVMoments
 from pikv_megatron.codec.transform.pruning import PruningOptions
 from pikv_megatron.codec.transform.pyramidkv import PyramidKVOptions
 from pikv_megatron.codec.transform.svd import SVDOptions
+from pikv_megatron.codec.wire import KEY_GROUP, Wire, WireSide
 from pikv_megatron.options import Options, family
 from pikv_megatron.types import KVShape
 
@@ -32,7 +35,8 @@ Transform = family(
     PruningOptions, DistillationOptions, MixedTransformOptions, PyramidKVOptions,
 )
 Format = family(
-    PlainOptions, Float8Options, Int8Options, Int4Options, Int3Options, Int2Options, MixedOptions
+    PlainOptions, Float8Options, Int8Options, Int4Options, Int3Options, Int2Options, MixedOptions,
+    AgedOptions,
 )
 
 
@@ -48,9 +52,8 @@ class CodecOptions(Options):
     @field_validator("transform", "format", mode="before")
     @classmethod
     def _from_pair(cls, value: Any) -> Any:
-        """`{keys: int4, values: int2}` needs no name, nor do two transforms."""
-        is_pair = isinstance(value, dict) and value.keys() == {"keys", "values"}
-        return {"name": "mixed", **value} if is_pair else value
+        """Two formats need no name, nor do two transforms."""
+        return from_pair(value)
 
     def build(
         self, kv: KVShape, page_size: int, num_slots: int, moments: KVMoments | None = None
@@ -65,6 +68,11 @@ class CodecOptions(Options):
         """
         if kv.values_in_keys:
             self._refuse_unshared()
+        if self.transform.ageing is not None and self.format.older is not None:
+            raise ValueError(
+                f"codec.transform.young {self.transform.ageing.young} pools older pages, and "
+                f"codec.format aged packs them anew: leave out one of the two"
+            )
         transform = self.transform.build(kv, num_slots, moments)
         if self.rotation == "hadamard":
             transform = RotatedTransform(kv, transform)
@@ -77,13 +85,25 @@ class CodecOptions(Options):
         self.format.check(page_size // pooled)
         return PageCodec(kv, page_size, transform, self.format, self.transform.ageing)
 
+    def wire(self, kv: KVShape) -> Wire:
+        """How tokens travel to their shards; `kv` as computed.
+
+        Values that are turned before they are packed would be rounded twice: they travel as keys.
+        """
+        has_keys, has_values = self.format.is_packed
+        is_turned = self.rotation != "none" or not isinstance(self.transform, IdentityOptions)
+        values = None
+        if has_values and not kv.values_in_keys:
+            values = self.format.wire_values(kv.value_width)
+            values = _coarse(kv.value_width) if is_turned else values
+        return Wire(_coarse(kv.key_width) if has_keys else None, values)
 
     def _refuse_unshared(self) -> None:
         """Latent attention stores values as columns of the keys."""
         apart = [
             f"codec.{field} {name!r}" for field, name, is_asked in (
                 ("transform", "mixed", self.transform.name == "mixed"),
-                ("format", "mixed", self.format.name == "mixed"),
+                ("format", "mixed", any(x.name == "mixed" for x in self.format.parts)),
                 ("rotation", "hadamard", self.rotation == "hadamard"),
             ) if is_asked
         ]
@@ -92,6 +112,10 @@ class CodecOptions(Options):
                 f"{apart[0]} treats keys and values apart, and the values of latent attention are "
                 "columns of its keys: leave it out for these layers"
             )
+
+
+def _coarse(width: int) -> WireSide:
+    return WireSide(8, num_groups(width, KEY_GROUP))
 
 
 def _from_none(value: Any) -> Any:

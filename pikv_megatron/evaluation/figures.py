@@ -1,7 +1,7 @@
 """What is measured of one cache on one task."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pikv_megatron.config import PiKVConfig
@@ -37,6 +37,8 @@ class Figures:
         kept_by_position: by layer and part of the sequence, share of the tokens that left the
             window that were there in the end; -1 where none left it.
         tokens_by_expert: by expert and shard, of prompts, all layers together.
+        bounds: by layer, the largest share of a query's attention that may not have been read;
+            empty where nothing is certified.
     """
 
     num_answers: int
@@ -60,6 +62,7 @@ class Figures:
     tokens_by_shard: list[list[int]]
     kept_by_position: list[list[float]]
     tokens_by_expert: list[list[int]]
+    bounds: list[float] = field(default_factory=list)
 
     @property
     def held_share(self) -> float:

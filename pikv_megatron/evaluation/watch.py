@@ -16,6 +16,7 @@ from pikv_megatron.evaluation.probes.attention_mass import (
     MOST_STEPS,
     AttentionMass,
 )
+from pikv_megatron.evaluation.probes.certified_bounds import CertifiedBounds
 from pikv_megatron.evaluation.probes.codec_errors import CodecErrors
 from pikv_megatron.evaluation.probes.expert_traffic import ExpertTraffic
 from pikv_megatron.evaluation.probes.held_tokens import HeldTokens
@@ -44,6 +45,7 @@ class Watch(Watcher):
         self._device = self._shapes[0].device
         self._pages, self._held = PageCounter(context), HeldTokens(context)
         self._mass, self._errors = AttentionMass(context), CodecErrors(context)
+        self._bounds = CertifiedBounds(context)
         self._traffic = ExpertTraffic(model, context)
         self._pages.on_read = self._mass.mark
         self._seconds: list[float] = []
@@ -107,7 +109,8 @@ class Watch(Watcher):
             pages_read=_shares(read, held),
             pages_kept=_shares(kept, sealed),
             mass_read=self._by_layer((mass / probes).tolist(), 1.0) if int(probes) else [],
-            held_bytes=self._most(self._largest),
+            bounds=self._most(self._bounds.most).tolist() if self._bounds.is_certified else [],
+            held_bytes=int(self._most(torch.tensor(self._largest, device=self._device))),
             dense_bytes=token_bytes * self._dense_tokens,
             read_bytes=int(read_bytes.sum()) / max(1, self._num_reads),
             dense_read_bytes=token_bytes * self._dense_reads / max(1, self._num_reads),
@@ -138,12 +141,12 @@ class Watch(Watcher):
             dist.all_reduce(numbers, group=self._context.ep_group)
         return numbers
 
-    def _most(self, number: int) -> int:
+    def _most(self, numbers: Tensor) -> Tensor:
         """Over the ranks."""
-        most = torch.tensor(number, device=self._device)
         if self._context.ep_group is not None:
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._context.ep_group)
-        return int(most)
+            numbers = numbers.clone()
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._context.ep_group)
+        return numbers
 
 
 def _spread(task: Task) -> set[int]:

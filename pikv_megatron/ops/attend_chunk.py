@@ -15,6 +15,7 @@ import torch
 from pikv_megatron.ops.dense_attention import empty_state
 from pikv_megatron.ops.expand_pages import expand_pages
 from pikv_megatron.ops.merge_states import merge_states
+from pikv_megatron.ops.turn_keys import turn_listed
 from pikv_megatron.types import AttentionState, PageList
 
 MIN_QUERIES = 64
@@ -77,7 +78,10 @@ def _tokens(
     shown = torch.arange(page_size) < page_list.lens[0, columns].unsqueeze(1)
     if page_list.token_mask is not None:
         shown &= page_list.token_mask[0, columns]
-    numbers = [x.flatten(1, 2) for x in expand_pages(page_list.pages, page_list.table[0, columns])]
+    keys, values = expand_pages(page_list.pages, page_list.table[0, columns])
+    if page_list.turn is not None:
+        keys = turn_listed(keys, page_list.turn, page_list.turn.rows[0, columns])
+    numbers = [x.flatten(1, 2) for x in (keys, values)]
     if page_list.pages.values is None:
         numbers = numbers[:1]
     if not shown.all():

@@ -15,6 +15,7 @@ from pikv_megatron.ops.attend_chunk import attend_chunk, is_chunk
 from pikv_megatron.ops.backend import kernel_op
 from pikv_megatron.ops.dense_attention import empty_state, group_heads, ungroup_heads
 from pikv_megatron.ops.expand_pages import expand_pages
+from pikv_megatron.ops.turn_keys import turn_listed
 from pikv_megatron.types import AttentionState, PageList
 
 
@@ -80,9 +81,11 @@ def _logits_and_values(
     """Logits [ng, n, sq * g, t], -inf for what is not read, and values [ng, n, t, r_v], 0 there."""
     pages, (n, m) = page_list.pages, page_list.table.shape
     keys, values = (
-        x.unflatten(1, (n, m)).flatten(2, 3)
-        for x in expand_pages(pages, page_list.table.flatten())
+        x.unflatten(1, (n, m)) for x in expand_pages(pages, page_list.table.flatten())
     )
+    if page_list.turn is not None:
+        keys = turn_listed(keys, page_list.turn, page_list.turn.rows)
+    keys, values = keys.flatten(2, 3), values.flatten(2, 3)
     logits = torch.matmul(rows, keys.transpose(2, 3))
     if pages.log_multiplicity is not None:
         by_page = pages.log_multiplicity[page_list.table]

@@ -7,8 +7,8 @@ With beta, gamma, phi and lambda of `Hardware`, of the rank that has most sequen
 W weights that are read, C the cache's bytes that are (of its pages the share that is read;
 sketches, buffers and windows), F operations, X bytes sent to other ranks, n collectives: in a layer
 two of the experts (lean decoding gathers tokens, and brings outputs home) and, where shards are
-far, two of the cache (queries out, parts home). That home reads its window while queries travel is
-left out.
+far, two of the cache (queries out, parts home), and two more where owners judge pages first. That
+home reads its window while queries travel is left out.
 
 The paper (3.3) has T_read = 2 d k B / (rho beta) and T_decode = eta d k B / (rho gamma): see
 `closed_form`.
@@ -52,8 +52,8 @@ def step_time(
     """Of the first rank, at the end of the context."""
     num_calls = 0
     if cache.footprint.is_far(target.last_in_shards):
-        full = [x.count for x in cache.layers if isinstance(x.cache, LayerCache)]
-        num_calls = 2 * sum(full)
+        full = [x for x in cache.layers if isinstance(x.cache, LayerCache)]
+        num_calls = sum(x.count * (4 if _asks_owners(x.cache) else 2) for x in full)
     return _step_time(
         target, weights, bytes_read(target, cache), _attention_products(target, cache),
         _fabric_time(target, traffic.total, num_calls, hardware), hardware,
@@ -118,7 +118,16 @@ def _layer_read(target: Target, cache: PlannedCache, layer: PlannedLayer) -> flo
     whole = sum(parts.get(name, 0) for name in READ_WHOLE)
     if not isinstance(layer.cache, LayerCache):
         return whole
-    return whole + share_read(target, cache, layer.cache) * parts["pages"]
+    share = share_read(target, cache, layer.cache)
+    if _asks_owners(layer.cache):
+        pages = layer.cache.store.pool.kv
+        keys = [pages.keys, pages.key_scale, pages.key_zero]
+        whole += sum(t.nbytes for t in keys if t is not None)
+    return whole + share * parts["pages"]
+
+
+def _asks_owners(layer: LayerCache) -> bool:
+    return layer.directory is not None and layer.directory.asks_owners
 
 
 def _attention_products(target: Target, cache: PlannedCache) -> float:

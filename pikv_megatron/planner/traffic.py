@@ -66,16 +66,19 @@ class _LayerTraffic:
         self._gathers = target.pikv.dispatcher == "allgather"
         self._visited = visited_ranks(target, layer)
         self._is_routed = layer.router is not None
+        self._asks_owners = layer.directory is not None and layer.directory.asks_owners
 
     def query(self) -> float:
         spec, ranks = self._layer.spec, self._target.num_ranks
         width, _ = spec.sent_widths or (spec.kv.key_width, spec.kv.value_width)
         query = spec.num_heads * width * spec.kv.dtype.itemsize
         told = WORD * self._header_words()
+        asked = query if self._asks_owners else 0
         if self._gathers:
-            return self._target.num_own * (query + ranks * told)
+            return self._target.num_own * (query + ranks * told + asked)
         counts = COUNT * ranks if self._is_routed else 0
-        return self._target.num_own * self._visited * (query + told) + counts
+        visited = self._visited * (query + told) + ranks * asked
+        return self._target.num_own * visited + counts
 
     def combine(self) -> float:
         spec, target = self._layer.spec, self._target
@@ -83,16 +86,18 @@ class _LayerTraffic:
         words = num_words(width, spec.kv.dtype)
         if self._is_routed and self._layer.router.learns:
             words += self._cache.placement.shards_per_rank
+        columns = self._cache.num_columns(self._layer) if self._asks_owners else 0
         if self._gathers:
-            rows = target.num_ranks * target.num_own
+            rows = asked = target.num_ranks * target.num_own
         else:
-            rows = target.batch * self._visited / target.num_ranks
-        return rows * spec.num_heads * words * WORD
+            rows, asked = target.batch * self._visited / target.num_ranks, target.batch
+        return (rows * words + asked * columns) * spec.num_heads * WORD
 
     def flush(self) -> float:
         target, store = self._target, self._layer.store
         pikv, ranks = target.pikv, target.num_ranks
-        token = TOKEN_HEADER + self._layer.spec.kv.token_bytes
+        kv = self._layer.spec.kv
+        token = TOKEN_HEADER + self._layer.spec.options.codec.wire(kv).token_bytes(kv)
         tokens = float(target.num_own * token * self._cache.footprint.copies)
         per_flush = 0 if self._gathers else COUNT * ranks
         if store.drops and self._layer.directory is not None:
@@ -102,11 +107,13 @@ class _LayerTraffic:
         return tokens + per_flush / pikv.flush_interval
 
     def _header_words(self) -> int:
-        layer, columns = self._layer, 0
+        layer, columns, drawn = self._layer, 0, 0
         if layer.selector is not None:
             # Of one rank, what is chosen of all ranks' at most.
-            columns = min(self._cache.num_read(layer), self._cache.num_columns(layer))
+            most = self._cache.num_columns(layer)
+            columns = min(self._cache.num_read(layer), most)
+            drawn = min(layer.selector.num_drawn(most * self._target.num_ranks), most)
         return HeaderLayout(
             self._cache.placement.num_shards if self._is_routed else 0, columns,
-            0 if layer.store.statistics is None else layer.spec.num_heads,
+            0 if layer.store.statistics is None else layer.spec.num_heads, drawn,
         ).num_words

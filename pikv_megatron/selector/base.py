@@ -4,7 +4,7 @@ Legend: n sequences, M columns of all ranks together.
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -13,8 +13,31 @@ from pikv_megatron.options import Options
 from pikv_megatron.relevance import Ask
 
 
+class Sample(NamedTuple):
+    """Pages that stand for others.
+
+    Attributes:
+        columns: [n, k'], int64, columns out of M, -1 for none.
+        log_weight: [n], float32, log of how often each of them counts.
+    """
+
+    columns: torch.Tensor
+    log_weight: torch.Tensor
+
+
 class PageSelector(ABC):
-    """Chooses pages by what the home rank remembers of them: no collective is needed."""
+    """Chooses pages at home, by what is known of them there.
+
+    Attributes:
+        needs_near: it asks for `Ask.near_lse`, so that home attends to its window first, and not
+            while queries travel.
+        certifies: what it leaves out is bounded, see `Ask.left_lse`.
+        samples: it draws further pages.
+    """
+
+    needs_near = False
+    certifies = False
+    samples = False
 
     @abstractmethod
     def num_columns(self, most_pages: int) -> int:
@@ -34,8 +57,23 @@ class PageSelector(ABC):
         """
 
 
+    def num_drawn(self, most_pages: int) -> int:
+        """k', for so many columns of all ranks: known before anything is scored."""
+        return 0
+
+    def draw(self, ask: Ask, columns: torch.Tensor) -> Sample:
+        """Draw pages that stand for all of those that are not among columns [n, k]."""
+        raise NotImplementedError
+
+
 class SelectorOptions(Options):
-    """Parameters of a selector."""
+    """Parameters of a selector.
+
+    Attributes:
+        samples: it draws pages that stand for others.
+    """
+
+    samples: ClassVar[bool] = False
 
     tail: Literal["none", "mean"] = Field(
         "none", description="pages that are not read: `none` leaves them out; `mean` counts each "

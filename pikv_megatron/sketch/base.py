@@ -5,6 +5,7 @@ page, hn head width.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 
@@ -51,6 +52,15 @@ class PageSketcher(ABC):
         """Sketch pages [ng, c, S, hn] of the sequences `slots` [c] into the places `page` [c]."""
         make_sketch(keys, sketch, page)
 
+    def bounds(
+        self, query: torch.Tensor, sketch: PageSketch, table: torch.Tensor, lens: torch.Tensor,
+        slots: torch.Tensor, softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n, np, m] twice: the log of a page's summed exponentials is at least and at most so
+        much, up to float32's rounding; -inf where `lens` is 0. Only sketches that are built to
+        bound have them."""
+        raise NotImplementedError
+
     def logits(
         self, query: torch.Tensor, sketch: PageSketch, table: torch.Tensor, lens: torch.Tensor,
         slots: torch.Tensor, softmax_scale: float,
@@ -70,8 +80,21 @@ class PageSketcher(ABC):
 
 
 class SketchOptions(Options):
-    """Parameters of a sketch."""
+    """Parameters of a sketch.
+
+    Attributes:
+        can_bound: it can tell what a page has at most and at least.
+    """
+
+    can_bound: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, kv: KVShape, page_size: int, num_slots: int) -> PageSketcher:
-        """The sketcher of a layer whose home rank has `num_slots` sequences."""
+    def build(
+        self, kv: KVShape, page_size: int, num_slots: int, bounds: bool = False
+    ) -> PageSketcher | None:
+        """The sketcher of a layer whose home rank has `num_slots` sequences; None: home remembers
+        nothing of what is in a page.
+
+        Args:
+            bounds: it is to be asked for bounds.
+        """

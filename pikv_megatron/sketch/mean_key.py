@@ -13,7 +13,7 @@ class MeanKeyOptions(SketchOptions):
 
     name: Literal["mean_key"] = "mean_key"
 
-    def build(self, kv, page_size, num_slots):
+    def build(self, kv, page_size, num_slots, bounds=False):
         return MeanKeySketcher(kv, page_size)
 
 

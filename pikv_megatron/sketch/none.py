@@ -10,5 +10,5 @@ class NoSketchOptions(SketchOptions):
 
     name: Literal["none"] = "none"
 
-    def build(self, kv, page_size, num_slots):
+    def build(self, kv, page_size, num_slots, bounds=False):
         return None

@@ -99,7 +99,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         return [layer for layer in self.layers.values() if isinstance(layer, LayerCache)]
 
     @property
-    def num_pages(self) -> tuple[tuple[int, int], ...]:
+    def num_pages(self) -> tuple[tuple[int, ...], ...]:
         """Of every layer's pools: they lie elsewhere once they have grown."""
         return tuple(layer.num_pages for layer in self.sharded_layers)
 
@@ -250,22 +250,23 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def _wanted_pages(
         self, layer: LayerCache, lengths: Sequence[tuple[CachedSequence, int]]
-    ) -> tuple[int, int, int]:
-        """Pages to be free on this rank, and of its own sequences on all ranks; and the most that
-        any sequence comes to have here."""
+    ) -> tuple[int, int, int, int]:
+        """Pages to be free on this rank, and of its own sequences on all ranks; the most that any
+        sequence comes to have here; and those of the first that are to grow old."""
         # What a prompt's chunk fills is dropped after it was filled.
         chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
-        owned = noted = chunk if layer.store.drops else 0
+        owned = chunk if layer.store.exceeds else 0
+        noted, old = chunk if layer.store.drops else 0, 0
         for sequence, length in lengths:
             home = sequence.slot // self.max_batch_size
-            here = self._missing_pages(layer, sequence, length, home == self.rank)
-            owned += here
+            here, growing = self._missing_pages(layer, sequence, length, home == self.rank)
+            owned, old = owned + here, old + growing
             if home == self.rank:
-                far = self._missing_pages(layer, sequence, length, at_home=False)
+                far, _ = self._missing_pages(layer, sequence, length, at_home=False)
                 noted += here + (self.num_ranks - 1) * far
         longest = max((length for _, length in lengths), default=0)
         most = self.footprint.most_pages(self._num_in_shards(longest))
-        return owned, noted, layer.store.num_columns(most)
+        return owned, noted, layer.store.num_columns(most), old
 
     def _check_memory(self, growth: int) -> None:
         """Refuse on all ranks what is too much for one of them."""
@@ -285,13 +286,14 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def _missing_pages(
         self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool
-    ) -> int:
+    ) -> tuple[int, int]:
         """Pages that a sequence of `length` tokens, spread evenly, needs on a rank besides those
-        that it has."""
+        that it has, and how many of them are to grow old."""
         store, later = layer.store, self._num_in_shards(length)
         wanted = store.num_columns(self.footprint.enough_pages(later, at_home))
         now = sequence.flushed - self.pikv_config.num_sinks
-        return wanted - store.num_columns(self.footprint.full_pages(now, at_home))
+        held = store.num_columns(self.footprint.full_pages(now, at_home))
+        return wanted - held, store.num_old(wanted) - store.num_old(held)
 
     def _num_in_shards(self, length: int) -> int:
         """Tokens in shards of a sequence of `length`, at most."""

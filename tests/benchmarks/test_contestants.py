@@ -9,7 +9,7 @@ from pikv_megatron import process_groups
 from pikv_megatron.benchmarks.model.contestants import build_models
 from pikv_megatron.benchmarks.model.decoding import DenseContestant
 from pikv_megatron.benchmarks.model.dense_context import grouped_attention, sdpa_attention
-from pikv_megatron.benchmarks.model.measurement import Measurement, measure
+from pikv_megatron.benchmarks.model.measurement import Measurement, Timing, measure
 from pikv_megatron.benchmarks.model.operator_calls import OperatorCounter
 from pikv_megatron.benchmarks.model.options import GROUPED, SDPA
 from pikv_megatron.benchmarks.model.pikv_decoding import PiKVContestant, is_lossless
@@ -25,7 +25,8 @@ def files(tmp_path_factory) -> list[str]:
 def measured(groups, arguments: list[str]) -> Measurement:
     options, steps = parse(*arguments), []
     models = build_models(options, groups)
-    found = measure(options, models, *options.contexts, lambda: steps.append(1))
+    shape = *options.contexts, *options.batch_sizes
+    found = measure(options, models, *shape, lambda: steps.append(1))
     assert len(steps) == options.num_steps
     return found
 
@@ -35,16 +36,20 @@ def largest_difference(groups, arguments: list[str]) -> float:
     return max(timing.difference for timing in measured(groups, arguments).timings.values())
 
 
-def largest_differences_on_ranks(cases: list[list[str]]) -> list[float]:
+def measured_on_ranks(cases: list[list[str]]) -> list[dict[str, Timing]]:
     with process_groups(expert_parallel_size=2, timeout_seconds=60) as groups:
-        return [largest_difference(groups, case) for case in cases]
+        return [measured(groups, case).timings for case in cases]
 
 
 def test_contestants_agree_on_two_ranks(files):
-    """A batch of one leaves the second rank without sequences of its own."""
+    """A batch of one leaves the second rank without sequences of its own. What the first one sends
+    is what is planned."""
     cases = [[*files, "--steps", "2", "--batch-size", size] for size in ("1", "3")]
-    for differences in run_ranks(largest_differences_on_ranks, 2, cases):
-        assert max(differences) < 1e-4
+    for rank, found in enumerate(run_ranks(measured_on_ranks, 2, cases)):
+        for timings in found:
+            assert max(timing.difference for timing in timings.values()) < 1e-4
+            assert not timings[GROUPED].traffic
+            assert rank or timings["plain"].traffic.measured == timings["plain"].traffic.planned > 0
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,7 @@ def test_refuses_figures_of_caches_that_differ(files, one_rank, monkeypatch):
 
     monkeypatch.setattr(PiKVContestant, "fill", fill_wrongly)
     with pytest.raises(ValueError, match="no figures: logits of 'plain' differ"):
-        measure(options, models, *options.contexts, lambda: None)
+        measure(options, models, *options.contexts, *options.batch_sizes, lambda: None)
 
 
 def test_refuses_lossy_logits_that_are_not_numbers(files, one_rank, tmp_path, monkeypatch):
@@ -101,7 +106,7 @@ def test_refuses_lossy_logits_that_are_not_numbers(files, one_rank, tmp_path, mo
     step = PiKVContestant.step
     monkeypatch.setattr(PiKVContestant, "step", lambda *args: step(*args) * float("nan"))
     with pytest.raises(ValueError, match="no figures: logits of 'boxes' differ"):
-        measure(options, models, *options.contexts, lambda: None)
+        measure(options, models, *options.contexts, *options.batch_sizes, lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
-"""Older pages become one, two by two, and stand for as many tokens as before."""
+"""Older pages become one, two by two, and stand for as many tokens; or they take fewer bits."""
 
 import hypothesis.strategies as st
 import torch
 from hypothesis import example, given, settings
+from layer_caches import SCALE
 from test_shard_store import MAX_PAGES, PLACEMENT, block, count_tokens, insert, new_store
 
 from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.placement import Placement
+from pikv_megatron.ops.dense_attention import dense_attention
 
 SLOTS = torch.tensor([0, 1])
+PAGE_SIZE = 8
 # Masses are counted, and no page is over the budget.
 COUNTING = {"retention": "h2o", "budget": {"name": "share", "keep": 1.0}}
 
@@ -67,3 +70,76 @@ def test_the_oldest_are_pooled_first_and_level_by_level():
     store.release(0)
     store.check_integrity()
     assert not store.table.count.any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    young=st.integers(1, 3), level=st.integers(0, 1),
+    counts=st.lists(st.integers(0, 60), min_size=1, max_size=6),
+    retention=st.sampled_from([{}, COUNTING, {"retention": "streaming"}]),
+)
+def test_pages_that_grow_old_are_stored_in_fewer_bits_and_read_as_such(
+    young, level, counts, retention
+):
+    """Of every shard the newest pages are new ones, and attention is that over what is stored."""
+    codec = {
+        "transform": {"name": "pyramidkv", "level": level},
+        "format": {"name": "aged", "young": young, "new": "plain", "old": "int2"},
+    }
+    store = new_store(PLACEMENT, PAGE_SIZE, num_slots=2, codec=codec, **retention)
+    first = 0
+    for count in counts:
+        position = torch.arange(first, first + count)
+        insert(store, block(torch.zeros_like(position), position, PLACEMENT))
+        if store.retention is not None:
+            store.prune(SLOTS, MAX_PAGES)
+        store.grow_old(SLOTS, MAX_PAGES)
+        store.check_integrity()
+        first += count
+        pages = store.table.pages_of(0)
+        shards, newest = store.pool.shard[pages], store.pool.position[pages, -1]
+        is_old = store.pool.place[pages] < 0
+        for shard in shards.unique():
+            of_shard = shards == shard
+            order = newest[of_shard].argsort(descending=True)
+            assert torch.equal(is_old[of_shard][order], torch.arange(len(order)) >= young)
+    if not len(pages):
+        return
+    keys, values = store.restore(pages, torch.zeros_like(pages))
+    tokens, lens = (x.flatten(1, 2) for x in (keys, values)), store.buffers.lens(torch.arange(2))
+    opened = [
+        torch.cat([store.buffers.tensors[name][:, group, :length] for group, length in
+                   enumerate(lens.tolist())], dim=1) for name in ("keys", "values")
+    ]
+    keys, values = (torch.cat(pair, dim=1)[:, None] for pair in zip(tokens, opened))
+    query = torch.randn(1, 1, 4, 8)
+    everything = torch.ones(1, keys.shape[2], dtype=torch.bool)
+    expected = dense_attention(query, keys, values, everything, SCALE)
+    reads = OwnerReads(torch.tensor([0]), MAX_PAGES, (0,))
+    state = store.attend(query, reads, [])
+    torch.testing.assert_close(state.out, expected.out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.lse, expected.lse, rtol=1e-4, atol=1e-4)
+    store.release(0)
+    store.check_integrity()
+    store.compact()
+    assert store.pool.sizes == (0, 0, 0)
+
+
+def test_places_are_used_again_and_numbers_stay():
+    """Two pages of a shard stay new; what is packed anew leaves its place to the next ones."""
+    placement = Placement(token_shards=1, expert_shards=1, hash_block=8, num_ranks=1, rank=0)
+    codec = {"format": {"name": "aged", "young": 2, "new": "plain", "old": "int4"}}
+    store = new_store(placement, PAGE_SIZE, codec=codec)
+    for number in range(6):
+        position = torch.arange(number * PAGE_SIZE, (number + 1) * PAGE_SIZE)
+        insert(store, block(torch.zeros_like(position), position, placement))
+        store.grow_old(torch.tensor([0]), MAX_PAGES)
+    assert store.table.pages_of(0).tolist() == [0, 1, 2, 3, 4, 5]
+    assert store.pool.sizes == (6, 3, 4)
+    store.compact()
+    assert store.pool.sizes == (6, 2, 4)
+    store.check_integrity()
+    plain = new_store(placement, PAGE_SIZE)
+    plain.reserve(6)
+    packed = [sum(t.nbytes for t in each.pool.payload()) for each in (store, plain)]
+    assert packed[0] < packed[1]

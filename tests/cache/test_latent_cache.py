@@ -77,8 +77,10 @@ def _check_stored_once(context: PiKVInferenceContext, kv: KVShape) -> None:
     assert kv.token_bytes == 4 * kv.key_width
 
 
+OWNERS = {"sketch": "keys", "selector": {"name": "budget", "share": 1.0}}
 GATHERED = {"dispatcher": "allgather", "selector": {"name": "budget", "share": 1.0}}
-CASES = [(*widths, {}) for widths in WIDTHS] + [(*WIDTHS[0], GATHERED)]
+CASES = [(*widths, methods) for widths in WIDTHS for methods in ({}, OWNERS)]
+CASES += [(*WIDTHS[0], GATHERED)]
 
 
 def run_cases(num_ranks: int) -> None:

@@ -23,7 +23,9 @@ def test_models_build_and_compute_beside_it(tmp_path, monkeypatch):
     (tmp_path / "packages" / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path / "packages")  # the rank's process inherits it
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
-    [found] = run_ranks(_build_beside_apex, 1, tmp_path / "model", logits(model))
+    [found] = run_ranks(
+        _build_beside_apex, 1, tmp_path / "model", logits(model), start="spawn"
+    )
     apex, difference, norm, own_norms = found
     assert apex.startswith(str(tmp_path))
     assert difference < 1e-4

@@ -42,7 +42,8 @@ def test_attention_is_that_over_the_restored_pages_and_the_buffers(
     sealed = PageList(pool, torch.tensor([[3, 5, 4]]), torch.tensor([[S, 0, S]]).int())
     opened = PageList(buffers, torch.tensor([[0]]), torch.tensor([[5]]).int())
     plain = [opened] if with_buffers else []
-    state, (mass, *_) = codec.attend(query, sealed, plain, 0.25, torch.tensor([1]), with_mass=True)
+    slots = torch.tensor([1])
+    state, (mass, *_) = codec.attend(query, [sealed], plain, 0.25, slots, with_mass=True)
 
     parts = [codec.restore(pool, torch.tensor([3, 4]), SLOTS[:2]), (buffers.keys, buffers.values)]
     dense = [torch.cat([t.flatten(1, 2) for t in kind], dim=1)[:, None] for kind in zip(*parts)]
@@ -51,11 +52,15 @@ def test_attention_is_that_over_the_restored_pages_and_the_buffers(
     torch.testing.assert_close(state.out, expected.out, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(state.lse, expected.lse, atol=1e-5, rtol=1e-4)
     keys = dense[0].repeat_interleave(2, dim=0)[:, 0, : mask.sum()]
-    weights = (torch.einsum("qhw,htw->qht", query[0], keys) * 0.25).softmax(2)
+    logits = torch.einsum("qhw,htw->qht", query[0], keys) * 0.25
+    weights = logits.softmax(2)
+    by_page = codec.page_logits(query[:, 0], sealed, 0.25, torch.tensor([1]))
     for column, first in ((0, 0), (2, S)):
         share = weights[:, :, first : first + S].sum(2)
         torch.testing.assert_close(mass[0, :, :, column], share, atol=1e-5, rtol=1e-4)
-    assert not mass[..., 1].any()
+        own = logits[0, :, first : first + S].logsumexp(1)
+        torch.testing.assert_close(by_page[0, :, column], own, atol=1e-4, rtol=1e-4)
+    assert not mass[..., 1].any() and (by_page[..., 1] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("transform", [name for name in members(Transform) if name != "mixed"])
@@ -76,7 +81,7 @@ def test_rows_that_hold_their_values_are_stored_once(transform, packing):
         KVPages.plain(torch.randn(1, 1, S, HN), None, width), torch.tensor([[0]]),
         torch.tensor([[5]]).int(),
     )
-    state, _ = codec.attend(query, sealed, [opened], 0.25, torch.tensor([1]))
+    state, _ = codec.attend(query, [sealed], [opened], 0.25, torch.tensor([1]))
     keys, values = codec.restore(pool, torch.tensor([3, 4]), SLOTS[:2])
     keys = torch.cat([keys.flatten(1, 2), opened.pages.keys[:, 0]], dim=1)[:, None]
     values = torch.cat([values.flatten(1, 2), opened.pages.keys[:, 0, :, :width]], dim=1)[:, None]
@@ -102,7 +107,7 @@ def test_a_page_that_is_not_read_leaves_no_trace(transform, packing):
     codec, pool = sealed_pool(transform, packing)
     nothing = PageList(pool, torch.tensor([[5]]), torch.tensor([[0]]).int())
     query = torch.randn(1, 1, 4, HN)
-    state, _ = codec.attend(query, nothing, [], 0.25, torch.tensor([1]))
+    state, _ = codec.attend(query, [nothing], [], 0.25, torch.tensor([1]))
     assert (state.lse == -torch.inf).all() and not state.out.any()
 
 

@@ -10,7 +10,7 @@ from pikv_megatron.options import members
 from pikv_megatron.types import KVShape, PageList
 
 FORMATS, TRANSFORMS = list(members(Format)), list(members(Transform))
-STEP = {"int4": 2, "int3": 8, "int2": 4, "mixed": 4}
+STEP = {"int4": 2, "int3": 8, "int2": 4, "mixed": 4, "aged": 4}
 
 
 def nasty(kind: str, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
@@ -62,11 +62,16 @@ def test_finite_tokens_stay_finite(
         codec.fit(0, keys[:, :1].flatten(1, 2), values[:, :1].flatten(1, 2))
     pool = codec.allocate(4)
     codec.seal(keys, values, pool, page, slots)
-    for part in codec.restore(pool, page, slots):
+    stored = [codec.restore(pool, page, slots)]
+    if codec.older is not None:
+        old = codec.allocate_old(4)
+        codec.reseal(pool, page, old, page)
+        stored.append(codec.restore(old, page, slots))
+    for part in (part for pair in stored for part in pair):
         assert part.isfinite().all()
     sealed = PageList(pool, page[None], torch.full((1, 3), page_size, dtype=torch.int32))
     query = torch.randn(1, 2, 4, width, generator=rng).to(dtype)
-    state, (mass,) = codec.attend(query, sealed, [], 0.3, slots[:1], with_mass=True)
+    state, (mass,) = codec.attend(query, [sealed], [], 0.3, slots[:1], with_mass=True)
     assert state.out.isfinite().all() and state.lse.isfinite().all() and mass.isfinite().all()
     if kind != "beyond float16":  # there, logits of 1e7 are not told apart
         torch.testing.assert_close(mass.sum(3), torch.ones(1, 2, 4), rtol=1e-2, atol=1e-2)
@@ -85,6 +90,6 @@ def test_formats_are_off_by_half_a_scale(packing, kind):
     spread = keys.amax(2, keepdim=True) - keys.amin(2, keepdim=True)
     # Of a channel's range; float8 keeps a sixteenth of each number.
     share = {"float8": 0.0, "int8": 1 / 510, "int4": 1 / 30, "int3": 1 / 14, "int2": 1 / 6,
-             "mixed": 1 / 30}[packing]
+             "mixed": 1 / 30, "aged": 1 / 30}[packing]
     allowed = spread * share * 1.01 + keys.abs() * (1 / 15 if packing == "float8" else 2e-3) + 1e-6
     assert ((stored - keys).abs() <= allowed).all()

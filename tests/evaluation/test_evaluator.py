@@ -33,6 +33,7 @@ CACHES = {
     "quarter": dict(SIZES, selector=dict(name="budget", share=0.25)),
     "everything": dict(SIZES, selector=dict(name="budget", share=1.0)),
     "routed": dict(SIZES, router=dict(name="top_k", k=2), token_shards=4),
+    "certified": dict(SIZES, selector=dict(name="certified", tolerance=0.2)),
     "half": dict(SIZES, retention="streaming", budget=dict(name="share", keep=0.5)),
     "four_bits": dict(SIZES, codec=dict(format="int4")),
     "by_experts": dict(SIZES, token_shards=4, expert_shards=4),
@@ -163,6 +164,15 @@ def test_pages_are_counted_where_they_are_read(evaluations):
         for layer in half.kept_by_position:
             there = [share for share in layer if share >= 0]
             assert there[0] == 0 and there[-1] == 1
+
+
+def test_a_certified_cache_reads_all_but_its_bound(evaluations):
+    for task in ("recall", "text"):
+        figures = evaluations["certified"][task]
+        assert evaluations["quarter"][task].bounds == []
+        assert any(share < 1 for share in figures.pages_read)
+        for mass, bound in zip(figures.mass_read, figures.bounds):
+            assert 0 <= bound <= 0.2 and mass >= 1 - bound - 1e-5
 
 
 def test_bytes_are_those_beside_a_dense_cache(evaluations):

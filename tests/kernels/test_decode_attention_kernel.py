@@ -67,7 +67,8 @@ def test_latent_rows(attention, device, payload, value_width):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's products")
 def test_padding_is_not_gone_through(attention, device, monkeypatch):
-    """Tiles of 4 pages: 10 + 1 + 0 + 1 of them hold what four sequences read, not 4 * 10."""
+    """Tiles of 4 pages: 10 + 1 + 0 + 1 of them hold what four sequences read, not 4 * 10; the last
+    one reads its newest pages only."""
     count, create_dot = [0], InterpreterBuilder.create_dot
 
     def counting(*args):
@@ -78,7 +79,8 @@ def test_padding_is_not_gone_through(attention, device, monkeypatch):
     spec = CaseSpec(4, 1, 2, 4, 64, 64, torch.float32,
                     (ListSpec("float32", 16, 40, 1, 1, is_full=True),))
     case = build(spec, device)
-    is_read = torch.arange(40) < torch.tensor([40, 1, 0, 2])[:, None]
+    is_read = torch.arange(40) < torch.tensor([40, 1, 0, 40])[:, None]
+    is_read[3, :38] = False
     lists = [case.lists[0]._replace(lens=case.lists[0].lens * is_read)]
     (out, lse), masses = attention(case.query, lists, 0.125, with_mass=True)
     assert count[0] == 2 * 2 * 12  # KV heads, keys and values

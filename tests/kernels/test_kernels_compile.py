@@ -46,7 +46,8 @@ class Recorder:
 @pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("payload, dtype, capability", CASES)
 def test_attention_compiles(payload, dtype, capability, is_shared, monkeypatch):
-    lists = (ListSpec(payload, 16, 20, 2, 2, *[payload != "float32"] * 3),)
+    is_fancy = payload != "float32"
+    lists = (ListSpec(payload, 16, 20, 2, 2, *[is_fancy] * 3, is_turned=is_fancy),)
     shape = (1, 128, 576, 512) if is_shared else (2, 4, 80, 128)
     case = build(CaseSpec(2, 1, *shape, dtype, lists, is_shared=is_shared))
     recorders = Recorder(), Recorder()

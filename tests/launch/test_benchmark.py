@@ -46,14 +46,15 @@ def report(files, tmp_path_factory) -> tuple[str, dict]:
 def test_tables_are_complete(report):
     printed, _ = report
     names = [GROUPED, SDPA, "plain", "boxes", "heavy", STOCK]
-    times, ratios, mixed = printed.split("tokens ┃")[1:]
-    for context_len in ("9", "170"):
+    times, held, ratios, mixed = printed.split("tokens ┃")[1:]
+    assert "MiB" in held
+    for context_len in ("2 x 9", "2 x 170"):
         rows = [line.split("│")[1:3] for line in times.splitlines() if line.startswith("│")]
         found = [name.strip() for length, name in rows if length.strip() == context_len]
         assert found == names
     assert "torch operators" in times
     for text in ("dense", "lossless", "stock"):
-        assert text in times.rpartition("how many times as fast")[2] + ratios
+        assert text in held.rpartition("how many times as fast")[2] + ratios
     assert mixed.count("1 to 40") == 3
 
 
@@ -73,6 +74,7 @@ def test_file_is_complete(report):
             assert figures["difference"] < 1e-4 or name in LOSSY
             assert figures["mean_ms"] == pytest.approx(sum(figures["step_ms"]) / 6)
             assert 5 < figures["operator_calls"] < 1000
+            assert figures["cache_bytes"] > 2 * result["context_len"] * 128 and not figures["traffic"]
 
 
 def test_lossy_caches_differ_and_are_reported(report):

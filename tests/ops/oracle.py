@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from pikv_megatron.types import KVPages, PageList
+from pikv_megatron.types import KeyTurn, KVPages, PageList
 
 
 class Expected(NamedTuple):
@@ -57,6 +57,14 @@ def expand_pages(pages: KVPages) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, expand(pages.values, pages.value_scale, pages.value_zero, pages, (1, channels))
 
 
+def turned(keys: torch.Tensor, position: torch.Tensor, turn: KeyTurn) -> torch.Tensor:
+    """Keys [ng, t, r] at positions [t], by complex numbers."""
+    phases, half = torch.complex(*turn.angles.double().chunk(2, dim=1)), turn.angles.shape[1] // 2
+    pairs = torch.complex(keys[..., :half], keys[..., half : 2 * half])
+    pairs = pairs * phases[position // 64] * phases[len(phases) - 64 + position % 64]
+    return torch.cat([pairs.real, pairs.imag, keys[..., 2 * half :]], dim=-1)
+
+
 def is_read(page_list: PageList) -> torch.Tensor:
     """[n, m, S], bool: the tokens that a list names."""
     page_size = page_list.pages.page_size
@@ -82,7 +90,10 @@ def expected_attention(
         for each, (keys, vals) in zip(lists, expanded):
             column, token = is_read(each)[row].nonzero(as_tuple=True)
             page = each.table[row, column]
-            part = torch.einsum("qhr,htr->qht", query[row].double(), keys[:, page, token][head])
+            own = keys[:, page, token]
+            if each.turn is not None:
+                own = turned(own, each.turn.position[each.turn.rows[row, column], token], each.turn)
+            part = torch.einsum("qhr,htr->qht", query[row].double(), own[head])
             part = part * softmax_scale
             if each.pages.log_multiplicity is not None:
                 part = part + each.pages.log_multiplicity[page].double()

@@ -7,7 +7,8 @@ import torch
 from oracle import is_read
 from payloads import PAYLOADS, PLAIN, bits_of, sides, together
 
-from pikv_megatron.types import KVPages, PageList, SharedRow
+from pikv_megatron.ops.turn_keys import angle_table
+from pikv_megatron.types import KeyTurn, KVPages, PageList, SharedRow
 
 GUARD = 2
 
@@ -25,6 +26,7 @@ class ListSpec(NamedTuple):
     has_multiplicity: bool = False
     is_run: bool = False
     is_full: bool = False
+    is_turned: bool = False
 
 
 class CaseSpec(NamedTuple):
@@ -65,7 +67,7 @@ def list_specs(draw, value_width: int, max_tokens: int, payloads=PAYLOADS) -> Li
         draw(st.integers(0, max(1, max_tokens // page_size))),
         draw(st.sampled_from(divisors(page_size))),
         draw(st.sampled_from(divisors(value_width))),
-        *draw(st.tuples(*[st.booleans()] * 5)),
+        *draw(st.tuples(*[st.booleans()] * 6)),
     )
 
 
@@ -122,7 +124,19 @@ def _page_list(spec, each: ListSpec, rng, allocations, device) -> PageList:
         *[_guarded(x, allocations, device) for x in pages[:-1]], shared=pages.shared
     )
     table, lens, mask, bias = (x if x is None else x.to(device) for x in (table, lens, mask, bias))
-    return PageList(pages, table, lens, mask, bias)
+    return PageList(pages, table, lens, mask, bias, _turn(spec, each, table, rng, device))
+
+
+def _turn(spec: CaseSpec, each: ListSpec, table: torch.Tensor, rng, device) -> KeyTurn | None:
+    """Of all channels of the keys, or of half of them; positions lie elsewhere than the pages."""
+    if not each.is_turned or spec.is_shared:
+        return None
+    width = spec.key_width // (2 + spec.seed % 2 * 2)
+    num_rows = 3 + (int(table.max()) if table.numel() else 0)
+    position = torch.randint(0, 5000, (num_rows, each.page_size), generator=rng)
+    angles = angle_table(torch.rand(width, generator=rng), 5000)
+    parts = position.int(), num_rows - 1 - table, angles
+    return KeyTurn(*(x.to(device) for x in parts))
 
 
 def _pages(spec: CaseSpec, each: ListSpec, used: torch.Tensor, rng) -> KVPages:

@@ -58,15 +58,18 @@ def test_columns_are_dealt_to_their_ranks(num_ranks, num_columns, num_rows, seed
 @pytest.mark.parametrize("is_routed", [False, True])
 @pytest.mark.parametrize("num_columns", [0, 3])
 @pytest.mark.parametrize("num_heads", [0, 2])
-def test_a_header_says_what_was_asked(is_routed, num_columns, num_heads):
+@pytest.mark.parametrize("num_drawn", [0, 5])
+def test_a_header_says_what_was_asked(is_routed, num_columns, num_heads, num_drawn):
     n, ranks, shards = 4, 2, 34
     visited = torch.rand(n, shards) < 0.5 if is_routed else None
     columns = torch.randint(-1, 9, (n, ranks, num_columns)) if num_columns else None
     lse = torch.randn(n, ranks, num_heads) if num_heads else None
-    layout = HeaderLayout(shards if is_routed else 0, num_columns, num_heads)
+    drawn = torch.randint(-1, 9, (n, ranks, num_drawn)) if num_drawn else None
+    weight = torch.rand(n) if num_drawn else None
+    layout = HeaderLayout(shards if is_routed else 0, num_columns, num_heads, num_drawn)
     slots, positions = torch.arange(10, 10 + n), torch.arange(70, 70 + n)
     every = OwnerReads(slots, 9, tuple(slots.tolist()), positions=positions)
-    header = layout.pack(Reads(visited, columns), every, lse, ranks)
+    header = layout.pack(Reads(visited, columns, drawn, weight), every, lse, ranks)
     if header is None:
         assert layout.unpack(None, every) == (every, None)
         return
@@ -76,4 +79,7 @@ def test_a_header_says_what_was_asked(is_routed, num_columns, num_heads):
         assert reads.visited is None if visited is None else torch.equal(reads.visited, visited)
         right = None if columns is None else columns[:, rank]
         assert reads.columns is None if right is None else torch.equal(reads.columns, right)
+        if num_drawn:
+            assert torch.equal(reads.drawn, drawn[:, rank])
+            assert torch.equal(reads.log_weight, weight)
         assert told is None if lse is None else torch.equal(told, lse[:, rank])

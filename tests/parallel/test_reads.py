@@ -24,6 +24,8 @@ LAYOUTS = {
     "by position": dict(page_size=3, window=4, num_sinks=2, sketch="mean_key"),
     "single tokens": dict(page_size=1, window=0, hash_block=1, sketch="bounding_box"),
     "dropped": dict(page_size=2, window=3, num_sinks=1, sketch="mean_key", **DROPS),
+    "judged by owners": dict(page_size=3, window=4, num_sinks=2, sketch="keys", **DROPS),
+    "owners, near first": dict(page_size=2, window=4, num_sinks=1, shard_after=16, sketch="keys"),
     "near first": dict(page_size=3, window=4, num_sinks=1, shard_after=16, sketch="mean_key"),
     "by expert": dict(page_size=4, window=3, expert_shards=4, sketch="bounding_box"),
     "replicas": dict(page_size=2, window=5, expert_shards=8, replicas=2, sketch="mean_key"),
@@ -58,7 +60,7 @@ class DrawnSelector(PageSelector):
         return most_pages
 
     def select(self, ask, may_read, most_pages):
-        self.directory = ask.directory
+        self.directory, self.page_logits = ask.directory, ask.page_logits
         chosen = may_read & (torch.rand(may_read.shape, generator=self.generator) < 0.6)
         self.pages = chosen.view(ask.directory.is_page.shape)
         order = torch.rand(chosen.shape, generator=self.generator).argsort(dim=1)
@@ -206,6 +208,8 @@ def check_layout(pg, name: str, dispatcher: str) -> None:
             continue
         if count == 1:
             check_directory(layer, own, selector.directory, pages)
+            if config.sketch.name == "keys":
+                check_logits(own, selector, pages, query[0])
         for row, s in enumerate(own):
             near = [*range(min(config.num_sinks, past)), *range(flushed, past)]
             far = read_positions(context, s, row, count, router, selector, pages, buffers)
@@ -239,6 +243,20 @@ def check_directory(layer, own, directory, pages) -> None:
             sketch = layer.directory.sketch
             for field in sketch._fields:
                 torch.testing.assert_close(getattr(sketch, field)[:, at], ends[field])
+
+
+def check_logits(own, selector, pages, query) -> None:
+    """Owners say what their pages have for queries [n, np, hn]."""
+    shape = selector.directory.is_page.shape[1:]
+    for row, s in enumerate(own):
+        found = selector.page_logits[row].unflatten(1, shape)
+        expected = torch.full_like(found, -torch.inf)
+        keys = s.keys.repeat_interleave(HEADS // NUM_GROUPS, dim=0)
+        for (slot, rank, column), (_, positions) in pages.items():
+            if slot == s.cached.slot:
+                logits = torch.einsum("hw,htw->ht", query[row], keys[:, positions]) * SCALE
+                expected[:, rank, column] = logits.logsumexp(1)
+        torch.testing.assert_close(found, expected)
 
 
 def check_output(s, positions, past, count, query, out) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from directories import drawn_ask
+from directories import GivenScores, drawn_ask
 
 from pikv_megatron.options import members
 from pikv_megatron.relevance import Ask
@@ -73,7 +73,7 @@ class SkewedAsk(Ask):
         directory = Directory(page, page >= 0, page, num_shards)
         positions = torch.full_like(slots, position)
         query = torch.zeros(n, 1, 8)
-        super().__init__(query, slots, positions, directory, lambda _: (None, scores))
+        super().__init__(query, slots, positions, directory, GivenScores(scores))
         self._scores_given, self._position = scores, position
 
     def of(self, rows: list[int]) -> "SkewedAsk":
@@ -129,7 +129,7 @@ def test_a_visit_to_a_shard_with_more_pages_is_more_load():
     directory = Directory(shard, shard >= 0, shard, 3)
     scores = torch.tensor([[0.2, 0.2, 0.2, 0.3, 0.1]])
     where = torch.zeros(1, dtype=torch.int64)
-    router.visit(Ask(torch.zeros(1, 1, 8), where, where, directory, lambda _: (None, scores)))
+    router.visit(Ask(torch.zeros(1, 1, 8), where, where, directory, GivenScores(scores)))
     torch.testing.assert_close(router.tensors()[0], torch.tensor([[1.8, 0.6, 0.0]]))
 
 

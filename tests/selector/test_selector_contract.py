@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pikv_megatron.options import members
 from pikv_megatron.selector.base import ranked
 from pikv_megatron.selector.budget import BudgetOptions
+from pikv_megatron.selector.certified import CertifiedOptions
 from pikv_megatron.selector.mass import MassOptions
 from pikv_megatron.selector.registry import Selector
 
@@ -64,6 +65,29 @@ def test_mass_reads_the_fewest_pages_that_reach_the_share(share):
             continue
         falling = scores[chosen].sort(descending=True).values
         assert falling.sum() >= share - 1e-6 and falling[:-1].sum() < share
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.3])
+def test_certified_reads_the_fewest_pages_that_leave_no_more_than_the_tolerance(tolerance):
+    ask = drawn_ask(5, num_ranks=2, num_shards=4, seed=3)
+    columns = select(CertifiedOptions(tolerance=tolerance), ask)
+    lower, upper = (x.double().exp() for x in ask.page_bounds)
+    near = ask.near_lse.double().exp()
+
+    def most_left(row: int, chosen: torch.Tensor) -> float:
+        left = upper[row][:, ~chosen].sum(1)
+        return float((left / (near[row] + lower[row][:, chosen].sum(1) + left)).max())
+
+    for row, is_page in enumerate(ask.is_page):
+        chosen = ~ask.is_left(columns)[row] & is_page
+        if not is_page.any() or tolerance == 0.0:
+            assert torch.equal(chosen, is_page)
+            continue
+        assert most_left(row, chosen) <= tolerance
+        last = columns[row][columns[row] >= 0]
+        if len(last):
+            chosen[last[-1]] = False
+            assert most_left(row, chosen) > 0.99 * tolerance
 
 
 def test_of_equals_the_lower_column_comes_first():

@@ -8,7 +8,7 @@ from pikv_megatron.sketch.low_rank import LowRankOptions
 from pikv_megatron.sketch.registry import Sketch
 from pikv_megatron.types import KVShape
 
-SKETCHES = {name: kind for name, kind in members(Sketch).items() if name != "none"}
+SKETCHES = {name: kind for name, kind in members(Sketch).items() if name not in ("none", "keys")}
 NG, HN, S = 2, 8, 12
 KV = KVShape(NG, HN, HN, torch.float32, torch.device("cpu"))
 KEYS = torch.randn(NG, 5, S, HN, generator=torch.Generator().manual_seed(0))
@@ -83,6 +83,23 @@ def test_a_full_rank_sketch_is_off_by_its_quantisation_at_most(bits):
     steps = sketch.scale[:, pages].float()
     most = 0.3 * 0.5 * torch.einsum("agr,apr->agp", projected.abs(), steps).flatten(0, 1)
     assert ((logit[0] - page_masses(query[0], pages, 0.3)).abs() <= most + 1e-3).all()
+
+
+def test_boxes_are_of_neighbours():
+    sketcher = fitted("bounding_box", tokens=5)  # 12 tokens, three boxes of 4
+    sketch = sketched(sketcher, KEYS, [0, 1, 2, 3, 4], SLOTS)
+    parts = KEYS.unflatten(2, (3, 4))
+    assert torch.equal(sketch.low[:, :5].unflatten(2, (3, HN)), parts.amin(3))
+    assert torch.equal(sketch.high[:, :5].unflatten(2, (3, HN)), parts.amax(3))
+    query, pages = torch.randn(1, 2 * NG, HN), torch.tensor([[0, 2]])
+    lens, slots = torch.full((1, 2), S, dtype=torch.int32), torch.tensor([0])
+    whole = fitted("bounding_box", tokens=S)
+    wide = sketched(whole, KEYS, [0, 1, 2, 3, 4], SLOTS)
+    fine, _ = sketcher.logits(query, sketch, pages, lens, slots, 0.3)
+    coarse, _ = whole.logits(query, wide, pages, lens, slots, 0.3)
+    true = page_masses(query[0], [0, 2], 0.3)
+    assert (true <= fine[0] + 1e-5).all() and (fine <= coarse + 1e-5).all()
+    assert sum(t.nbytes for t in sketch) == 3 * sum(t.nbytes for t in wide)
 
 
 def test_a_bounding_box_never_underestimates_and_a_mean_key_never_overestimates():

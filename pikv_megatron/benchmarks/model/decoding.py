@@ -41,6 +41,10 @@ class Contestant(ABC):
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one token to every sequence [batch_size]; logits [n, vocab] of this rank's."""
 
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Of the cache on this rank, all that belongs to it."""
+
     def attention_bounds(self) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
         """Layer by layer, the modules between whose calls the attention lies.
 
@@ -80,6 +84,9 @@ class StockContestant(Contestant):
         )
         self.context.sequence_len_offset += 1
         return logits[: len(self._own), -1]
+
+    def cache_bytes(self):
+        return sum(t.nbytes for pair in self.context.key_value_memory_dict.values() for t in pair)
 
     def _new_context(self) -> StaticInferenceContext:
         return StaticInferenceContext(self._rows, self.workload.capacity)

@@ -1,12 +1,12 @@
 """Lets all contestants decode behind one context length, and keeps what was measured."""
 
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Callable, Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.benchmarks.model.contestants import build_contestants, workload_of
@@ -18,9 +18,9 @@ from pikv_megatron.benchmarks.model.options import (
     SDPA,
     BenchmarkOptions,
 )
-from pikv_megatron.benchmarks.model.timing import Race, attention_clock
+from pikv_megatron.benchmarks.model.timing import CLOCKS, Race, attention_clock, of_ranks
+from pikv_megatron.benchmarks.model.traffic import StepTraffic, traffic
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FIGURES = ("mean_ms", "median_ms", "attention_ms")
 
 
@@ -32,6 +32,8 @@ class Timing:
         step_ms: of every step, milliseconds.
         attention_ms: mean time in attention a step, milliseconds, of further steps.
         operator_calls: torch operators that a layer's attention calls in a step without a flush.
+        cache_bytes: of the cache, on the rank that has most.
+        traffic: bytes that a PiKV cache sends in a step; None: not one, or alone.
         difference: of its logits from the reference's, as a share of the largest.
         is_lossless: this difference is a matter of rounding only.
     """
@@ -39,6 +41,8 @@ class Timing:
     step_ms: list[float]
     attention_ms: float
     operator_calls: float
+    cache_bytes: int
+    traffic: StepTraffic | None
     difference: float
     is_lossless: bool
 
@@ -55,14 +59,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All contestants at one context length.
+    """All contestants at one context length and batch size.
 
     Attributes:
         context_len: tokens that were cached before the first step.
+        batch_size: sequences on all ranks.
         timings: by contestant.
     """
 
     context_len: int
+    batch_size: int
     timings: Mapping[str, Timing]
 
     def times_as_fast(self, name: str, *others: str) -> dict[str, float]:
@@ -84,9 +90,9 @@ class Measurement:
 
 def measure(
     options: BenchmarkOptions, models: Mapping[str, GPTModel], context_len: int,
-    on_step: Callable[[], None],
+    batch_size: int, on_step: Callable[[], None],
 ) -> Measurement:
-    """Time every contestant behind `context_len` cached tokens.
+    """Time every contestant with so many sequences, each behind `context_len` cached tokens.
 
     Args:
         on_step: called `options.num_steps` times.
@@ -94,14 +100,16 @@ def measure(
     Raises:
         ValueError: the logits of lossless contestants differ.
     """
-    lengths = [context_len] * options.batch_size
+    lengths = [context_len] * batch_size
     workload = workload_of(options, models[GROUPED], lengths, options.num_steps)
     contestants = build_contestants(options, models, workload)
     clock = CLOCKS[options.clock]
     race = Race(contestants, clock, options.flush_interval)
     tokens = workload.tokens(options.num_steps, options.architecture.vocab_size)
     extra = options.extra_steps
-    warm_up, timed, last, counted = tokens.split([extra, options.steps, extra, COUNTED_STEPS])
+    warm_up, timed, last, counted, metered = tokens.split(
+        [extra, options.steps, extra, COUNTED_STEPS, options.metered_steps]
+    )
     race.run(warm_up, on_step)
     seconds = race.run(timed, on_step)
     with ExitStack() as stack:
@@ -110,15 +118,25 @@ def measure(
             for name, contestant in contestants.items()
         }
         race.run(last, on_step)
-    calls, differences = _count_calls(contestants, counted, on_step), race.check()
-    timings = {
-        name: Timing(
-            [1e3 * s for s in seconds[name]], 1e3 * attention[name].seconds / extra, calls[name],
-            differences[name], contestant.is_lossless,
+    calls = _count_calls(contestants, counted, on_step)
+    sent = traffic(options, contestants, metered, on_step)
+    differences = race.check()
+    timings = {}
+    for name, contestant in contestants.items():
+        *steps, attending = of_ranks(options.clock, [*seconds[name], attention[name].seconds])
+        timings[name] = Timing(
+            [1e3 * s for s in steps], 1e3 * attending / extra, calls[name],
+            _most(contestant.cache_bytes()), sent.get(name), differences[name],
+            contestant.is_lossless,
         )
-        for name, contestant in contestants.items()
-    }
-    return Measurement(context_len, timings)
+    return Measurement(context_len, batch_size, timings)
+
+
+def _most(of_rank: int) -> int:
+    """Of all ranks."""
+    most = torch.tensor(of_rank)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _count_calls(

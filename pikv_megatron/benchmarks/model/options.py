@@ -39,11 +39,11 @@ class BenchmarkOptions:
         lengths: the same of every sequence of a mixed batch; none: no such batch is measured.
         prompts: tokens of prompts to time; none: no prompt is timed.
         beside_transformers: Hugging Face's own model is a contestant, too.
-        batch_size: sequences on all ranks.
+        batch_sizes: sequences on all ranks; each is measured behind every context.
         steps: timed steps, whole flush intervals.
         dtype: type of weights and caches.
         threads: of each rank; None: its share of the cores.
-        clock: "wall", or "cpu": the processor's time for this process alone.
+        clock: "wall", or "cpu": the processor's time for a rank, the mean over ranks.
         output: file for all figures, JSON.
         seed: of weights, keys, values and tokens.
     """
@@ -55,7 +55,7 @@ class BenchmarkOptions:
     lengths: tuple[int, ...]
     prompts: tuple[int, ...]
     beside_transformers: bool
-    batch_size: int
+    batch_sizes: tuple[int, ...]
     steps: int
     dtype: torch.dtype
     threads: int | None
@@ -80,9 +80,14 @@ class BenchmarkOptions:
         return self.flush_interval
 
     @property
+    def metered_steps(self) -> int:
+        """Steps whose traffic is counted: none on one rank."""
+        return 0 if _is_one_rank() else self.flush_interval
+
+    @property
     def num_steps(self) -> int:
         """All steps of a contestant at one context length."""
-        return self.steps + 2 * self.extra_steps + COUNTED_STEPS
+        return self.steps + 2 * self.extra_steps + COUNTED_STEPS + self.metered_steps
 
 
 def parse_options(argv: Sequence[str], configs: Path) -> BenchmarkOptions:
@@ -106,7 +111,7 @@ def parse_options(argv: Sequence[str], configs: Path) -> BenchmarkOptions:
         lengths=() if args.lengths is None else tuple(args.lengths) or DEFAULT_LENGTHS,
         prompts=_prompts(args.prompts),
         beside_transformers=_beside_transformers(args),
-        batch_size=args.batch_size,
+        batch_sizes=tuple(args.batch_size),
         steps=_steps(args.steps, flush_interval(pikv)),
         dtype=DTYPES[args.dtype],
         threads=args.threads,
@@ -138,14 +143,14 @@ def _parser(configs: Path) -> ArgumentParser:
         "measure the memory that they need; without numbers: 2048 8192 16384 32768")
     add("--transformers", action="store_true", help="Hugging Face's transformers takes part, on "
         "the same weights; one rank")
-    add("--batch-size", type=positive(int), default=1, help="sequences on all ranks, for "
-        "--contexts; default: 1")
+    add("--batch-size", type=positive(int), nargs="+", default=[1], help="sequences on all ranks, "
+        "each behind every one of --contexts; default: 1")
     add("--steps", type=positive(int), help="timed steps, a multiple of flush_interval; "
         f"default: {DEFAULT_FLUSHES} of them")
     add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
     add("--threads", type=positive(int), help="of each rank; default: its share of the cores")
     add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the processor's time for "
-        "this process, on a machine with other work; with one rank and --threads 1; default: wall")
+        "a rank, the mean over ranks, without what it waits; with --threads 1; default: wall")
     add("--output", type=Path, help="all figures, JSON")
     add("--seed", type=seed_number, default=0, help="of weights and tokens; default: 0")
     return parser
@@ -186,11 +191,10 @@ def _steps(steps: int | None, flush_interval: int) -> int:
 
 
 def _clock(args: argparse.Namespace) -> str:
-    is_alone = _is_one_rank() and not torch.cuda.is_available()
-    if args.clock == "cpu" and not (is_alone and args.threads == 1):
+    if args.clock == "cpu" and (args.threads != 1 or torch.cuda.is_available()):
         raise ValueError(
-            "--clock cpu needs --threads 1, one rank and no accelerator: it adds up the time of "
-            "threads, and stands still while this process waits"
+            "--clock cpu needs --threads 1 and no accelerator: it adds up the time of threads, and "
+            "stands still while a device works"
         )
     return args.clock
 

@@ -68,6 +68,9 @@ class PiKVContestant(Contestant):
         self.context.finish_step()
         return logits[0, : plan.num_tokens]
 
+    def cache_bytes(self):
+        return self.context.allocated_bytes()
+
     def prefill(self, prompt):
         chunk = self.pikv.prefill_chunk_size
         for part in prompt.to(self.device).split(chunk):

@@ -7,7 +7,7 @@ from typing import Callable, Mapping, Protocol
 import torch
 
 from pikv_megatron.benchmarks.model.contestants import workload_of
-from pikv_megatron.benchmarks.model.measurement import CLOCKS
+from pikv_megatron.benchmarks.model.timing import CLOCKS
 from pikv_megatron.benchmarks.model.options import GROUPED, TRANSFORMERS, BenchmarkOptions
 from pikv_megatron.benchmarks.model.peak_memory import peak_memory
 from pikv_megatron.benchmarks.model.pikv_decoding import PiKVContestant

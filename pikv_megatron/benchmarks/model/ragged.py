@@ -13,10 +13,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.benchmarks.model.contestants import workload_of
-from pikv_megatron.benchmarks.model.measurement import CLOCKS
 from pikv_megatron.benchmarks.model.options import BenchmarkOptions
 from pikv_megatron.benchmarks.model.pikv_decoding import PiKVContestant
-from pikv_megatron.benchmarks.model.timing import attention_clock
+from pikv_megatron.benchmarks.model.timing import CLOCKS, attention_clock, of_ranks
 from pikv_megatron.benchmarks.model.workload import random_kv
 
 
@@ -65,7 +64,7 @@ def measure_ragged(
         on_turn(done, num_turns)
     # The first turn warms up.
     step_ms = {
-        lengths: 1e3 * median(taken[1:]) / options.flush_interval
+        lengths: 1e3 * median(of_ranks(options.clock, taken[1:])) / options.flush_interval
         for lengths, taken in seconds.items()
     }
     return RaggedMeasurement(mixed, step_ms[mixed], {n: step_ms[even[n]] for n in even})

@@ -23,7 +23,6 @@ def report_json(
         "weights": "random" if options.checkpoint is None else str(options.checkpoint),
         "pikv": {name: pikv.model_dump(mode="json") for name, pikv in options.pikv.items()},
         "dtype": str(options.dtype).removeprefix("torch."),
-        "batch_size": options.batch_size,
         "expert_parallel_size": dist.get_world_size(),
         "steps": options.steps,
         "clock": options.clock,
@@ -49,7 +48,10 @@ def _result(options: BenchmarkOptions, measurement: Measurement) -> dict[str, An
         if lossless is not None and name != lossless:
             ratios = measurement.times_as_fast(name, lossless)
             contestants[name] |= {"lossless": lossless, "lossless_over_this": ratios}
-    return {"context_len": measurement.context_len, "contestants": contestants}
+    return {
+        "context_len": measurement.context_len, "batch_size": measurement.batch_size,
+        "contestants": contestants,
+    }
 
 
 def _figures(timing: Timing) -> dict[str, Any]:

@@ -17,7 +17,9 @@ def report_tables(options: BenchmarkOptions, result: BenchmarkResult) -> list[Ta
     """Those of what was measured."""
     tables = []
     if result.measurements:
-        tables += [_times(options, result), _ratios(options, result.measurements)]
+        tables += [
+            _times(options, result), _bytes(result), _ratios(options, result.measurements)
+        ]
     if result.ragged:
         tables.append(_mixed_batch(options, result.ragged))
     if result.prefills:
@@ -37,11 +39,12 @@ def _times(options: BenchmarkOptions, result: BenchmarkResult) -> Table:
     )
     if result.latency_ms is not None:
         table.caption += (
-            f". A collective that carries nothing takes {result.latency_ms:.2f} milliseconds"
+            f". A collective that carries nothing takes {result.latency_ms:.2f} "
+            f"{UNITS[options.clock]}"
         )
     for measurement in result.measurements:
         for name, timing in measurement.timings.items():
-            table.add_row(f"{measurement.context_len:,}", name, *_cells(timing))
+            table.add_row(*_which(measurement, name), *_cells(timing))
         table.add_section()
     return table
 
@@ -51,6 +54,30 @@ def _cells(timing: Timing) -> list[str]:
         f"{timing.mean_ms:.2f} ({timing.median_ms:.2f})", f"{timing.attention_ms:.2f}",
         f"{timing.operator_calls:.1f}", f"{timing.difference:.0e}",
     ]
+
+
+def _bytes(result: BenchmarkResult) -> Table:
+    columns = ["cache\nMiB"]
+    if result.latency_ms is not None:
+        columns += ["sent a step\nKiB", "planned\nKiB"]
+    table = _table("what the caches take, of the fullest rank", *columns)
+    if result.latency_ms is not None:
+        table.caption = (
+            "sent: what the first rank hands to the cache's collectives, by DeepSpeed's logger; "
+            "planned: by the planner, with a router the most"
+        )
+    for measurement in result.measurements:
+        for name, timing in measurement.timings.items():
+            sent = [f"{count / 1024:,.1f}" for count in timing.traffic or ()]
+            table.add_row(*_which(measurement, name), _mebibytes(timing.cache_bytes), *sent)
+        table.add_section()
+    return table
+
+
+def _which(measurement: Measurement, name: str) -> tuple[str, str]:
+    tokens = f"{measurement.context_len:,}"
+    many = measurement.batch_size > 1
+    return f"{measurement.batch_size} x {tokens}" if many else tokens, name
 
 
 def _ratios(options: BenchmarkOptions, measurements: Sequence[Measurement]) -> Table:
@@ -69,7 +96,7 @@ def _ratios(options: BenchmarkOptions, measurements: Sequence[Measurement]) -> T
             pairs += [_pair(measurement.times_as_fast(name, STOCK))[0]]
             if options.beside_transformers:
                 pairs += [_pair(measurement.times_as_fast(name, TRANSFORMERS))[0]]
-            table.add_row(f"{measurement.context_len:,}", name, *pairs)
+            table.add_row(*_which(measurement, name), *pairs)
         table.add_section()
     return table
 

@@ -1,8 +1,9 @@
 """Times contestants in short turns, so that a noisy machine disturbs all of them alike."""
 
 import sys
+import time
 from contextlib import contextmanager
-from typing import Callable, Iterator, Mapping
+from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from pikv_megatron.benchmarks.model.decoding import Contestant
 
 Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 # Largest difference of logits, as a share of the largest logit. In 16 bits two experts can be so
 # close that contestants choose differently now and then: the median over the steps is judged.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -131,6 +133,15 @@ def around_attention(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def of_ranks(clock: str, seconds: Sequence[float]) -> list[float]:
+    """Ranks leave a step together, by the wall; their processors' times differ: the mean."""
+    if clock == "wall":
+        return list(seconds)
+    times = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(times)
+    return (times / dist.get_world_size()).tolist()
 
 
 def _read(clock: Clock, is_start: bool = False) -> float:

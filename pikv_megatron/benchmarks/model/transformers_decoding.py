@@ -51,6 +51,9 @@ class TransformersContestant(Contestant):
             use_cache=True, logits_to_keep=1,
         )
 
+    def cache_bytes(self):
+        return sum(t.nbytes for layer in self._cache.layers for t in (layer.keys, layer.values))
+
     def attention_bounds(self):
         for layer in self.model.model.layers:
             yield layer.self_attn.v_proj, layer.self_attn.o_proj

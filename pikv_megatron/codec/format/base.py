@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pikv_megatron.codec.wire import WireSide
 from pikv_megatron.options import Options
 from pikv_megatron.types import KVPages, KVShape, SharedRow
 
@@ -22,9 +23,40 @@ class Packed(NamedTuple):
     zero: Tensor | None = None
 
 
+class Older(NamedTuple):
+    """How pages that are not among the newest are stored.
+
+    Attributes:
+        young: newest pages of a shard, which are not.
+        format: of the others.
+    """
+
+    young: int
+    format: "FormatOptions"
+
+
 class FormatOptions(Options):
     """Parameters of a format. `ops.seal_page` and `ops.decode_attention` read off the pages how
     they are packed, so a format is its allocation."""
+
+    @property
+    def older(self) -> Older | None:
+        """How older pages are stored; None: as they were sealed."""
+        return None
+
+    def wire_values(self, width: int) -> WireSide | None:
+        """How values of a width travel as their pages will store them; None: as computed."""
+        return None
+
+    @property
+    def is_packed(self) -> tuple[bool, bool]:
+        """Whether keys and values take fewer bits than computed ones."""
+        return False, False
+
+    @property
+    def parts(self) -> tuple["FormatOptions", ...]:
+        """The formats of pages of all ages."""
+        return (self,)
 
     def check(self, page_size: int) -> None:
         """Refuse a page size that cannot be packed.
@@ -74,13 +106,21 @@ class ScaledOptions(FormatOptions):
                 f"{page_size} must be a multiple of {together}"
             )
 
+    def wire_values(self, width):
+        bits = self.bits if width * self.bits % 8 == 0 else 8
+        return WireSide(bits, num_groups(width, self.value_group))
+
+    @property
+    def is_packed(self):
+        return True, True
+
     def packed_keys(self, kv, num_pages, page_size):
-        groups = _num_groups(page_size, self.key_group)
+        groups = num_groups(page_size, self.key_group)
         shape = (kv.num_groups, num_pages, groups, kv.key_width)
         return self._packed(kv, num_pages, page_size, kv.key_width, shape)
 
     def packed_values(self, kv, num_pages, page_size):
-        groups = _num_groups(kv.value_width, self.value_group)
+        groups = num_groups(kv.value_width, self.value_group)
         shape = (kv.num_groups, num_pages, page_size, groups)
         return self._packed(kv, num_pages, page_size, kv.value_width, shape)
 
@@ -93,7 +133,7 @@ class ScaledOptions(FormatOptions):
         return Packed(numbers, scale, zero if self.has_zero else None)
 
 
-def _num_groups(size: int, group: int) -> int:
+def num_groups(size: int, group: int) -> int:
     """Fewest equal groups of `size` that are no larger than `group`.
 
     Example:

@@ -1,6 +1,6 @@
 """Keys in one format, values in another."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,12 @@ Single = family(
 )
 
 
+def from_pair(value: Any) -> Any:
+    """`{keys: int4, values: int2}` needs no name."""
+    is_pair = isinstance(value, dict) and value.keys() == {"keys", "values"}
+    return {"name": "mixed", **value} if is_pair else value
+
+
 class MixedOptions(FormatOptions):
     """Keys in one format, values in another: keys need more bits."""
 
@@ -28,6 +34,13 @@ class MixedOptions(FormatOptions):
     def check(self, page_size):
         self.keys.check(page_size)
         self.values.check(page_size)
+
+    def wire_values(self, width):
+        return self.values.wire_values(width)
+
+    @property
+    def is_packed(self):
+        return self.keys.is_packed[0], self.values.is_packed[1]
 
     def packed_keys(self, kv, num_pages, page_size):
         return self.keys.packed_keys(kv, num_pages, page_size)

@@ -10,7 +10,7 @@ from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_rows import CachedSequence
 from pikv_megatron.transformer.context import PiKVInferenceContext
-from pikv_megatron.types import PageList
+from pikv_megatron.types import KVPages, PageList
 
 
 class PageCounter:
@@ -60,7 +60,7 @@ class PageCounter:
         for index, layer in self._layers.items():
             self.read_bytes[index] += in_windows * layer.spec.kv.token_bytes
             if layer.directory is not None:
-                self.read_bytes[index] += layer.directory.table.count.sum() * _sketch_bytes(layer)
+                self.read_bytes[index] += _judged_bytes(layer)
 
     def count_end(self) -> None:
         """The live sequences have been fed."""
@@ -84,20 +84,26 @@ class PageCounter:
             return
         layer, num_pages = self._layers[index], (sealed.lens > 0).sum()
         self.read[index] += num_pages
-        self.read_bytes[index] += num_pages * page_bytes(layer)
+        for listed in layer.store.pool.lists(sealed):
+            self.read_bytes[index] += (listed.lens > 0).sum() * page_bytes(listed.pages)
         self.read_bytes[index] += opened.lens.sum() * layer.spec.kv.token_bytes
         if self.on_read is not None:
             self.on_read(index, reads, sealed, opened)
 
 
-def page_bytes(layer: LayerCache) -> int:
+def page_bytes(pages: KVPages) -> int:
     """Of keys and values of one page as they are stored, scales included."""
-    pool = layer.store.pool
-    return sum(t.nbytes for t in pool.kv.tensors) // len(pool.position)
+    return sum(t.nbytes for t in pages.tensors) // pages.keys.shape[1]
 
 
-def _sketch_bytes(layer: LayerCache) -> int:
-    """Of what home remembers of one page, and reads of it."""
-    directory = layer.directory
-    tensors = [t for t in directory.sketch if isinstance(t, torch.Tensor)]
-    return sum(t.nbytes for t in tensors) // len(directory.shard)
+def _judged_bytes(layer: LayerCache) -> torch.Tensor:
+    """What pages are judged by in a step: what home remembers of them, or their keys here."""
+    directory, store = layer.directory, layer.store
+    if directory.asks_owners:
+        pages = store.pool.kv
+        tensors, table = [pages.keys, pages.key_scale, pages.key_zero], store.table
+        room = len(store.pool.position)
+    else:
+        tensors, table, room = directory.sketch, directory.table, len(directory.shard)
+    read = [t for t in tensors if isinstance(t, torch.Tensor)]
+    return table.count.sum() * (sum(t.nbytes for t in read) // room)

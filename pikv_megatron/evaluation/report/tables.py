@@ -90,7 +90,8 @@ def cost_table(grid: Grid) -> TextTable:
     """What a cache holds and reads, and how far it is from the lossless one: means over tasks."""
     columns = [
         "cache", "average", "perplexity", "change %", "KL", "greedy", "mass %", "pages read %",
-        "kept %", "held / dense", "read / dense", "B a token", "error K, V %", "ms a step",
+        "bound %", "kept %", "held / dense", "read / dense", "B a token", "error K, V %",
+        "ms a step",
     ]
     rows = [[cache, f"{grid.average(cache):.1f}", *_cost(grid, cache)] for cache in grid.caches]
     return TextTable("Cost and closeness to the lossless cache", columns, rows)
@@ -120,12 +121,19 @@ def _cost(grid: Grid, cache: str) -> list[str]:
         perplexity, relative, f"{mean(x.divergence for x in every):.4f}", agreed,
         f"{100 * mean(x.mean_mass for x in every if x.mass_read):.1f}"
         if any(x.mass_read for x in every) else "-",
-        _by_layer([x.pages_read for x in every]), _by_layer([x.pages_kept for x in every]),
+        _by_layer([x.pages_read for x in every]), _bounds(every),
+        _by_layer([x.pages_kept for x in every]),
         f"{held:.3f} (1/{1 / held:.1f})", f"{mean(x.read_share for x in every):.3f}",
         f"{every[0].token_bytes:.0f} (1/{reference[0].token_bytes / every[0].token_bytes:.1f})",
         ", ".join(f"{100 * mean(x.mean_error(side) for x in every):.1f}" for side in (0, 1)),
         f"{mean(x.step_ms for x in every):.1f}",
     ]
+
+
+def _bounds(every: Sequence[Figures]) -> str:
+    """The largest of all tasks."""
+    layers = [max(values) for values in zip(*(x.bounds for x in every if x.bounds))]
+    return _by_layer([layers]) if layers else "-"
 
 
 def _by_layer(shares: Sequence[Sequence[float]]) -> str:
