@@ -157,6 +157,22 @@ class PiKVConfig(LayerOptions):
                     f"{self.replicas} stores it more than once: use replicas 1"
                 )
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
+            if spec.options.codec.transform.is_by_expert and (
+                self.token_shards != 1 or self.expert_shards == 1
+            ):
+                raise ValueError(
+                    f"codec.transform {spec.options.codec.transform.name} has per_expert, whose "
+                    f"pages hold the tokens of one expert shard: set token_shards to 1 and "
+                    f"expert_shards above 1 (they are {self.token_shards} and "
+                    f"{self.expert_shards})"
+                )
+            if isinstance(spec.options.sketch, KeysOptions) and (
+                codec.angles is not None or spec.options.codec.transform.is_by_expert
+            ):
+                raise ValueError(
+                    "sketch keys judges keys as RoPE turned them, of one basis a sequence: leave "
+                    "out codec.keys before_rope and per_expert, or name another sketch"
+                )
             is_pooled = codec.pooled > 1 or codec.ageing is not None
             if is_pooled and needs_bounds and not isinstance(spec.options.sketch, KeysOptions):
                 raise ValueError(

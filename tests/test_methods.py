@@ -61,6 +61,11 @@ METHODS = {
         "codec": {"transform": {"name": "pyramidkv", "level": 0, "young": 1}, "format": "int8"},
         "selector": "mass",
     },
+    "keys before RoPE": {"codec": {"keys": "before_rope"}},
+    "bases of experts": {
+        "codec": {"transform": {"name": "svd", "per_expert": True}},
+        "token_shards": 1, "expert_shards": 4,
+    },
     "everything": {
         "router": "top_k", "selector": {"name": "budget", "share": 0.5, "tail": "mean"},
         "retention": "h2o",
@@ -72,7 +77,7 @@ LOSSLESS = [
         ("router", "all"), ("selector", "all"), ("retention", "all"), ("sketch", "none"),
         ("codec.transform", "identity"), ("codec.format", "plain"),
     )
-]
+] + ["keys before RoPE"]
 # Pages are few here, and the paper's K is 16 a shard.
 KEEPS_MOST = "retention all", "budget pages"
 # An owner learns a basis from the pages that it has, and tokens travel to it in fewer bits where

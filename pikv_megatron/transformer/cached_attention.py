@@ -4,6 +4,8 @@ Legend: sq new tokens, b rows of the batch, t tokens of them that are real, np q
 heads, w_v width of a cached value, h hidden size.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +22,7 @@ UNSUPPORTED = {
 }
 
 
-class CachedAttention:
+class CachedAttention(ABC):
     """Mixed into a Megatron-Core attention, whose parameters stay the same.
 
     In training, without a context, or with any other context it is the stock layer.
@@ -64,16 +66,16 @@ class CachedAttention:
         output = output.unsqueeze(1) if b == 1 else output.view(b, sq, -1).transpose(0, 1)
         return self.linear_proj(output)
 
+    @abstractmethod
     def _attend(
         self, hidden_states: torch.Tensor, rotary_pos_emb, context: PiKVInferenceContext,
         plan: StepPlan, layer: LayerCache,
     ) -> torch.Tensor:
         """Attention of a step's tokens: [sq, b, h] -> [t, np, width]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value_outputs(self) -> torch.Tensor:
         """[ng, np / ng, w_v, h]: what the layer makes of a cached value in each head."""
-        raise NotImplementedError
 
 
 def by_row(x: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -320,6 +320,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,
             self.keeps_experts > 1, Pinned.of(self.pikv_config.pinned, self.footprint),
+            self.max_sequence_length,
         )
         directory = None
         if not isinstance(spec.options.sketch, NoSketchOptions):
