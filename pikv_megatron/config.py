@@ -146,6 +146,12 @@ class PiKVConfig(LayerOptions):
                     f"retention {spec.options.retention.name} scores keys and values, and layer "
                     f"{spec.number - 1} stores latent ones: name another policy"
                 )
+            source = spec.options.router.expert_source
+            if source is not None and self.expert_shards == 1:
+                raise ValueError(
+                    f"router.source {source} visits the shards of experts, and expert_shards is 1: "
+                    "set it to a power of two, the number of experts say"
+                )
             needs_bounds = spec.options.selector.needs_bounds
             spec.options.sketch.build(spec.kv, self.page_size, 0, needs_bounds)
             if (needs_bounds or spec.options.selector.samples) and self.replicas > 1:
@@ -154,6 +160,22 @@ class PiKVConfig(LayerOptions):
                     f"{self.replicas} stores it more than once: use replicas 1"
                 )
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
+            if spec.options.codec.transform.is_by_expert and (
+                self.token_shards != 1 or self.expert_shards == 1
+            ):
+                raise ValueError(
+                    f"codec.transform {spec.options.codec.transform.name} has per_expert, whose "
+                    f"pages hold the tokens of one expert shard: set token_shards to 1 and "
+                    f"expert_shards above 1 (they are {self.token_shards} and "
+                    f"{self.expert_shards})"
+                )
+            if isinstance(spec.options.sketch, KeysOptions) and (
+                codec.angles is not None or spec.options.codec.transform.is_by_expert
+            ):
+                raise ValueError(
+                    "sketch keys judges keys as RoPE turned them, of one basis a sequence: leave "
+                    "out codec.keys before_rope and per_expert, or name another sketch"
+                )
             is_pooled = codec.pooled > 1 or codec.ageing is not None
             if is_pooled and needs_bounds and not isinstance(spec.options.sketch, KeysOptions):
                 raise ValueError(

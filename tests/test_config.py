@@ -107,6 +107,7 @@ def test_layers_can_have_methods_of_their_own():
 
 @pytest.mark.parametrize("fields, message", [
     ({"layers": [{"match": "1-4", "selector": "mass"}]}, "match '1-4' names layer 4"),
+    ({"router": {"name": "top_k", "source": "moe"}}, "source moe visits the shards of experts"),
     ({"layers": [{"match": "0", "sketch": "none"}], "selector": "mass"}, "needs a sketch"),
     ({"sketch": {"name": "low_rank", "rank": 99}}, "sketch.rank 99 exceeds the width of a key"),
     ({"selector": "certified", "replicas": 2, "expert_shards": 2}, "replicas 2 stores it more"),

@@ -42,14 +42,29 @@ METHODS = {
     # Attention of random weights is diffuse, and by their defaults these would read nearly all.
     "selector certified": {"selector": {"name": "certified", "tolerance": 0.4}},
     "selector sampled": {"selector": {"name": "sampled", "epsilon": 0.4}},
+    "router of the MoE": {
+        "router": {"name": "top_k", "source": "moe"}, "token_shards": 1, "expert_shards": 4,
+    },
+    "router of the layer before": {
+        "router": {"name": "eplb", "source": "previous"}, "token_shards": 1, "expert_shards": 4,
+    },
     "mass with a tail": {"selector": {"name": "mass", "tail": "mean"}},
-    "pinned": {"retention": "streaming", "pinned": 24},
     "keys first": {
         "sketch": "keys", "selector": {"name": "mass", "tail": "mean"}, "codec": {"format": "int4"},
     },
+    "keys of aged pages": {
+        "sketch": "keys", "selector": "mass",
+        "codec": {"format": {"name": "aged", "young": 1, "new": "int8", "old": "int4"}},
+    },
+    "pinned": {"retention": "streaming", "pinned": 24},
     "pooled old pages": {
         "codec": {"transform": {"name": "pyramidkv", "level": 0, "young": 1}, "format": "int8"},
         "selector": "mass",
+    },
+    "keys before RoPE": {"codec": {"keys": "before_rope"}},
+    "bases of experts": {
+        "codec": {"transform": {"name": "svd", "per_expert": True}},
+        "token_shards": 1, "expert_shards": 4,
     },
     "everything": {
         "router": "top_k", "selector": {"name": "budget", "share": 0.5, "tail": "mean"},
@@ -62,7 +77,7 @@ LOSSLESS = [
         ("router", "all"), ("selector", "all"), ("retention", "all"), ("sketch", "none"),
         ("codec.transform", "identity"), ("codec.format", "plain"),
     )
-]
+] + ["keys before RoPE"]
 # Pages are few here, and the paper's K is 16 a shard.
 KEEPS_MOST = "retention all", "budget pages"
 # An owner learns a basis from the pages that it has, and tokens travel to it in fewer bits where

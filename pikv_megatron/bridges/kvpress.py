@@ -159,5 +159,10 @@ def _refuse_decoding(options) -> None:
             "codec.transform pyramidkv stores several tokens as one, which a cache of "
             "`transformers` cannot weigh: name another transform"
         )
+    if codec is not None and codec.keys == "before_rope":
+        raise ValueError(
+            "codec.keys before_rope asks the model's layers of RoPE, and a press knows none: leave "
+            "it out"
+        )
     if retention.needs_scores:
         raise ValueError(f"retention {retention.name}: use the press itself")

@@ -68,7 +68,7 @@ class AgedPagePool(PagePool):
     def restore(self, codec, pages, slots):
         place = self.place[pages]
         older, newer = (
-            codec.restore(part, own.clamp(min=0), slots)
+            codec.restore(part, own.clamp(min=0), slots, self.position[pages])
             for part, own in ((self.old, ~place), (self.kv, place))
         )
         is_old = (place < 0).view(-1, 1, 1)

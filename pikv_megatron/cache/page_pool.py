@@ -67,7 +67,7 @@ class PagePool:
         self, codec: PageCodec, pages: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values [ng, c, S, hn] that pages [c] of the sequences `slots` stand for."""
-        return codec.restore(self.kv, pages, slots)
+        return codec.restore(self.kv, pages, slots, self.position[pages])
 
     def reserve(self, count: int, num_old: int = 0) -> int:
         """See that `count` pages are free, `num_old` of them for what grows old; how many the pool

@@ -5,8 +5,7 @@ m columns of a sequence, k pages read, t tokens of a block. A *group* is one (sl
 with a token buffer.
 """
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -23,9 +22,10 @@ from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
+from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.retention.base import beyond
-from pikv_megatron.types import AttentionState, KVPages, PageList, PageStats
+from pikv_megatron.types import AttentionState, KeyTurn, KVPages, PageList, PageStats
 
 Kept = TypeVar("Kept")
 TABLE = "table", "lens"  # of a list: which pages, and how much of them
@@ -42,6 +42,7 @@ class ShardStore:
         max_pages: most pages that one sequence can fill on this rank.
         has_replicas: whether tokens can be stored in more than one shard.
         pinned: what is never dropped.
+        num_positions: that tokens can have, where keys are stored before RoPE.
 
     Attributes:
         on_read: told what queries read, as asked and as lists of pages and of token buffers; None:
@@ -52,7 +53,7 @@ class ShardStore:
 
     def __init__(
         self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
-        max_pages: int, has_replicas: bool, pinned: Pinned = Pinned(),
+        max_pages: int, has_replicas: bool, pinned: Pinned = Pinned(), num_positions: int = 0,
     ):
         options, kv = spec.options, spec.kv
         self.placement = placement
@@ -62,7 +63,9 @@ class ShardStore:
         self._budget, self._kv, self._pinned = options.budget, kv, pinned
         self._softmax_scale, self._num_heads = spec.softmax_scale, spec.num_heads
         self._shards = placement.shards_per_rank
-        self._codec = options.codec.build(kv, page_size, num_slots, spec.moments)
+        self._codec = options.codec.build(
+            kv, page_size, num_slots, spec.moments, self._shards, num_positions
+        )
         self._has_token_scores = options.retention.needs_scores
         num_scores = 0 if self.retention is None else self.retention.num_scores
         kind = PagePool if self._codec.older is None else AgedPagePool
@@ -126,6 +129,11 @@ class ShardStore:
         many."""
         older = self._codec.older
         return 0 if older is None else max(0, num_columns - older.young * self._shards)
+
+    @property
+    def angles(self) -> KeyAngles | None:
+        """Of keys that are stored before RoPE; None: they are stored behind it."""
+        return self._codec.angles
 
     @property
     def drops(self) -> bool:
@@ -207,7 +215,7 @@ class ShardStore:
             near: lists that are attended to besides, in the same softmax.
         """
         sealed, opened = self._list(reads)
-        return self._attend(query, reads, sealed, [opened, *near], drawn=self._drawn(reads))[0]
+        return self._attend(query, reads, sealed, [opened, *near])[0]
 
     def attend_decoding(
         self, query: torch.Tensor, reads: OwnerReads, near: list[PageList],
@@ -244,12 +252,8 @@ class ShardStore:
             "sealed", None if reads.key is None else (num_columns, reads.key),
             lambda: self._sealed(reads, num_columns),
         )
-        found = [
-            self._codec.page_logits(query, part, self._softmax_scale, reads.slots)
-            for part in self.pool.lists(sealed)
-        ]
-        # A page is in one of the lists.
-        return reduce(torch.maximum, found)
+        lists = self.pool.lists(sealed)
+        return self._codec.page_logits(query, lists, self._softmax_scale, reads.slots)
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
         """Count the masses of a prompt's last queries.
@@ -307,7 +311,8 @@ class ShardStore:
         # The next sequence reads around what is left there: it must be finite.
         name = "keys" if self._kv.values_in_keys else "values"
         self.buffers.tensors[name][:, slot * self._shards : (slot + 1) * self._shards] = 0.0
-        self._codec.forget(slot)
+        for part in range(self._codec.num_bases):
+            self._codec.forget(slot * self._codec.num_bases + part)
         if self.statistics is not None:
             self.statistics.release(slot)
 
@@ -334,7 +339,7 @@ class ShardStore:
         self, pages: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [ng, c, S, w] that pages [c] of the sequences `slots` [c] stand for."""
-        return self.pool.restore(self._codec, pages, slots)
+        return self.pool.restore(self._codec, pages, self._parts(pages, slots))
 
     def check_integrity(self) -> None:
         """Every page is free or in exactly one table, and the counts agree."""
@@ -363,23 +368,38 @@ class ShardStore:
 
     def _attend(
         self, query: torch.Tensor, reads: OwnerReads, sealed: PageList, plain: list[PageList],
-        with_mass: bool = False, drawn: Sequence[PageList] = (),
+        with_mass: bool = False,
     ) -> tuple[AttentionState, torch.Tensor | None, list[torch.Tensor]]:
         """The attention, and if asked for the masses of the sealed pages and of the other lists;
-        of pages that are drawn besides there are none."""
+        nobody asks where pages are drawn."""
         lists = self._kept(
             "lists", None if reads.key is None or not reads.is_everything
             else (sealed.table.shape[1], reads.key),
             lambda: self.pool.lists(sealed),
         )
-        others = [part for each in drawn for part in self.pool.lists(each)]
+        drawn = [(part, each) for each in self._drawn(reads) for part in self.pool.lists(each)]
+        parts = None
+        if self._codec.num_bases > 1:
+            parts = [self._part(sealed.table)] * len(lists)
+            parts += [self._part(each.table) for _, each in drawn]
         state, masses = self._codec.attend(
-            query, [*lists, *others], plain, self._softmax_scale, reads.slots, with_mass
+            query, [*lists, *(part for part, _ in drawn)], plain, self._softmax_scale,
+            reads.slots, with_mass, parts
         )
         if masses is None:
             return state, None, []
         # A page is read through one of the lists, and has no mass in the others.
         return state, sum(masses[1 : len(lists)], masses[0]), masses[len(lists) :]
+
+    def _part(self, pages: torch.Tensor) -> torch.Tensor:
+        """Which part of its sequence each page [...] belongs to: its shard."""
+        return self.placement.local_shard(self.pool.shard[pages].long())
+
+    def _parts(self, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """The slots of the parts of sequences that pages [c] of the sequences `slots` [c] are of.
+        """
+        count = self._codec.num_bases
+        return slots if count == 1 else slots * count + self._part(pages)
 
     def _seal(self, admission: Admission, full: dict[str, torch.Tensor]) -> None:
         """Store the pages that became full, and list them."""
@@ -394,7 +414,7 @@ class ShardStore:
             self.pool.earlier_shards[pages] = full["earlier"]
         if self.statistics is not None:
             self.statistics.start(pages)
-        slots, keys = admission.page_row, full["keys"]
+        slots, keys = self._parts(pages, admission.page_row), full["keys"]
         values = self._kv.values_of(keys, full.get("values"))
         if self._has_token_scores:
             self.pool.score[pages] = full["score"].mean(dim=1, keepdim=True)
@@ -402,10 +422,13 @@ class ShardStore:
             self.pool.score[pages] = self.retention.score_pages(keys, values, full["position"])
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, keys, values)
-        self._codec.seal(keys, values, self.pool.kv, self.pool.places(pages), slots)
+        self._codec.seal(
+            keys, values, self.pool.kv, self.pool.places(pages), slots, position=full["position"]
+        )
         if self.on_seal is not None:
             real = admission.is_page.nonzero().squeeze(1)
-            self.on_seal(keys[:, real], values[:, real], pages[real], slots[real])
+            row = admission.page_row[real]
+            self.on_seal(keys[:, real], values[:, real], pages[real], row)
 
     def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
         """Give pages [r, m] back."""
@@ -467,7 +490,8 @@ class ShardStore:
             reads._replace(columns=reads.drawn), self.num_columns(reads.num_columns)
         )
         weight = reads.log_weight.view(-1, 1, 1).expand(-1, 1, self._num_heads)
-        return [PageList(self.pool.kv, pages, is_read.int() * self.page_size, None, weight)]
+        lens, turn = is_read.int() * self.page_size, self._turn(pages)
+        return [PageList(self.pool.kv, pages, lens, None, weight, turn)]
 
     def _kept(
         self, name: str, key: tuple | None, make: Callable[[], Kept]
@@ -484,7 +508,12 @@ class ShardStore:
         mask = None
         if self.pool.earlier_shards is not None:
             mask = _is_first_replica(self.pool.earlier_shards[pages], reads.visited)
-        return PageList(self.pool.kv, pages, is_read.int() * self.page_size, mask)
+        lens, turn = is_read.int() * self.page_size, self._turn(pages)
+        return PageList(self.pool.kv, pages, lens, mask, turn=turn)
+
+    def _turn(self, pages: torch.Tensor) -> KeyTurn | None:
+        """What turns the keys of listed pages [n, m]."""
+        return None if self.angles is None else self.angles.turn(self.pool.position, pages)
 
     def _pages(
         self, reads: OwnerReads, num_columns: int

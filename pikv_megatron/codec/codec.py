@@ -6,10 +6,12 @@ heads, m pages listed for a sequence.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from pikv_megatron.codec.format.base import FormatOptions
+from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.codec.transform.base import Ageing, KVTransform
 from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.expand_pages import expand_pages
@@ -29,19 +31,25 @@ class PageCodec:
         transform: None stores them in their own widths.
         page_format: how numbers are packed.
         ageing: how older pages are pooled; None: they are not.
+        num_bases: parts of a sequence whose pages are stored in their own ways.
+        angles: of keys that are stored before RoPE; None: behind it.
 
     Attributes:
         pooled: neighbours that are stored as one token when they are sealed.
         ageing: as given.
         older: how older pages are packed; None: as they were.
+        angles: as given.
+        num_bases: as given; `slots` of pages are those of their parts, slot * num_bases + part.
     """
 
     def __init__(
         self, kv: KVShape, page_size: int, transform: KVTransform | None,
-        page_format: FormatOptions, ageing: Ageing | None = None,
+        page_format: FormatOptions, ageing: Ageing | None = None, num_bases: int = 1,
+        angles: KeyAngles | None = None,
     ):
         self._transform = transform
         self._format = page_format
+        self.num_bases, self.angles = num_bases, angles
         self.ageing, self.older = ageing, page_format.older
         self._stored, self.pooled = kv, 1 if transform is None else transform.pooled
         if transform is not None:
@@ -67,13 +75,16 @@ class PageCodec:
 
     def seal(
         self, keys: torch.Tensor, values: torch.Tensor, pages: KVPages, page: torch.Tensor,
-        slots: torch.Tensor, level: int = 0,
+        slots: torch.Tensor, level: int = 0, position: torch.Tensor | None = None,
     ) -> None:
         """Write full pages [ng, c, S, hn] of the sequences `slots` [c] to the places page [c].
 
         Args:
             level: times that their tokens were pooled before.
+            position: of the tokens, [c, S], where keys are stored before RoPE.
         """
+        if self.angles is not None:
+            keys = self.angles.before(keys, position)
         if self._transform is not None:
             keys, values = self._transform.encode(keys, values, slots)
         seal_page(keys, None if pages.values is None else values, pages, page)
@@ -95,10 +106,13 @@ class PageCodec:
         return logs.round().long() - (self.pooled.bit_length() - 1)
 
     def restore(
-        self, pages: KVPages, page: torch.Tensor, slots: torch.Tensor
+        self, pages: KVPages, page: torch.Tensor, slots: torch.Tensor,
+        position: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values [ng, c, S, hn] that stored pages stand for."""
+        """The keys and values [ng, c, S, hn] that stored pages stand for; `position` as `seal`."""
         keys, values = expand_pages(pages, page)
+        if self.angles is not None:
+            keys = self.angles.after(keys, position)
         if self._transform is None:
             return keys, values
         return self._transform.decode(keys, values, slots)
@@ -106,8 +120,14 @@ class PageCodec:
     def attend(
         self, query: torch.Tensor, sealed: list[PageList], plain: list[PageList],
         softmax_scale: float, slots: torch.Tensor, with_mass: bool = False,
+        parts: Sequence[torch.Tensor] | None = None,
     ) -> tuple[AttentionState, list[torch.Tensor] | None]:
         """Attention of query [n, sq, np, hn] over lists of sealed pages and lists as computed.
+
+        Args:
+            slots: [n], of the sequences.
+            parts: of every listed page, [n, m] for each of the sealed lists, where sequences have
+                several.
 
         Returns:
             The attention; and the shares of it that the pages of each list have, sealed ones first,
@@ -115,7 +135,10 @@ class PageCodec:
         """
         if self._transform is None:
             return decode_attention(query, [*sealed, *plain], softmax_scale, with_mass)
-        far, masses = self._attend_transformed(query, sealed, softmax_scale, slots, with_mass)
+        attend = self._attend_transformed
+        if self.num_bases > 1:
+            attend = partial(self._attend_by_part, parts)
+        far, masses = attend(query, sealed, softmax_scale, slots, with_mass)
         if not plain:
             return far, masses
         near, others = decode_attention(query, plain, softmax_scale, with_mass)
@@ -128,25 +151,32 @@ class PageCodec:
         ]
 
     def page_logits(
-        self, query: torch.Tensor, sealed: PageList, softmax_scale: float, slots: torch.Tensor
+        self, query: torch.Tensor, sealed: list[PageList], softmax_scale: float,
+        slots: torch.Tensor,
     ) -> torch.Tensor:
         """What query [n, np, hn] would find in sealed pages, from their keys alone.
+
+        Args:
+            sealed: lists of as many columns, of which one reads a page.
 
         Returns:
             [n, np, m], float32, the log of each page's summed exponentials, -inf where none is
             listed. A page that has less than 1e-38 of the whole's is said to have that.
         """
-        query, (listed,) = self._absorbed(query.unsqueeze(1), [sealed], softmax_scale, slots)
+        query, lists = self._absorbed(query.unsqueeze(1), sealed, softmax_scale, slots)
         # The attention is over the first channel of the keys, and is not looked at.
-        pages = listed.pages._replace(
-            values=None, value_scale=None, value_zero=None,
-            shared=SharedRow(listed.pages.page_size, 1),
-        )
-        state, (mass,) = decode_attention(
-            query, [listed._replace(pages=pages)], softmax_scale, with_mass=True
-        )
+        lists = [
+            each._replace(pages=each.pages._replace(
+                values=None, value_scale=None, value_zero=None,
+                shared=SharedRow(each.pages.page_size, 1),
+            ))
+            for each in lists
+        ]
+        state, masses = decode_attention(query, lists, softmax_scale, with_mass=True)
+        mass = sum(masses[1:], masses[0])
         logit = mass.clamp(min=LEAST_MASS).log() + state.lse.unsqueeze(3)
-        return logit.squeeze(1).masked_fill_((sealed.lens == 0).unsqueeze(1), -torch.inf)
+        is_none = sum(each.lens for each in sealed) == 0
+        return logit.squeeze(1).masked_fill_(is_none.unsqueeze(1), -torch.inf)
 
     @property
     def learns(self) -> bool:
@@ -168,7 +198,37 @@ class PageCodec:
 
     def tensors(self) -> list[torch.Tensor]:
         """What is kept besides the pages."""
-        return [] if self._transform is None else self._transform.tensors()
+        own = [] if self.angles is None else [self.angles.table]
+        return own if self._transform is None else own + self._transform.tensors()
+
+    def _attend_by_part(self, parts, query, sealed, softmax_scale, slots, with_mass):
+        """Every part of a sequence is attended to as a sequence of its own, and all are merged."""
+        n, count = len(slots), self.num_bases
+        every = torch.arange(count, device=slots.device)
+
+        def by_part(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.repeat_interleave(count, 0)
+
+        lists = [
+            each._replace(
+                table=by_part(each.table), token_mask=by_part(each.token_mask),
+                lens=by_part(each.lens) * (by_part(part) == every.repeat(n).unsqueeze(1)),
+                logit_bias=by_part(each.logit_bias),
+                turn=each.turn and each.turn._replace(rows=by_part(each.turn.rows)),
+            )
+            for each, part in zip(sealed, parts)
+        ]
+        slots = (slots.unsqueeze(1) * count + every).flatten()
+        states, masses = self._attend_transformed(
+            by_part(query), lists, softmax_scale, slots, with_mass
+        )
+        states = AttentionState(*(x.unflatten(0, (n, count)) for x in states))
+        state = AttentionState(*merge_states(*(x.transpose(0, 1).contiguous() for x in states)))
+        if masses is None:
+            return state, None
+        share = (states.lse - state.lse.unsqueeze(1)).exp()
+        share = share.masked_fill(states.lse == -torch.inf, 0.0).unsqueeze(4)
+        return state, [(mass.unflatten(0, (n, count)) * share).sum(1) for mass in masses]
 
     def _attend_transformed(self, query, sealed, softmax_scale, slots, with_mass):
         absorbed, lists = self._absorbed(query, sealed, softmax_scale, slots)
@@ -178,12 +238,12 @@ class PageCodec:
         return AttentionState(out * has_keys, state.lse), masses
 
     def _absorbed(
-        self, query: torch.Tensor, sealed: Sequence[PageList], softmax_scale: float,
+        self, query: torch.Tensor, sealed: list[PageList], softmax_scale: float,
         slots: torch.Tensor,
     ) -> tuple[torch.Tensor, list[PageList]]:
         """A query [n, sq, np, hn] as it meets what is stored, and lists as they are stored."""
         if self._transform is None:
-            return query, list(sealed)
+            return query, sealed
         absorbed, bias = self._transform.absorb(query, slots)
         lists = [self._stored_list(each) for each in sealed]
         if bias is not None:

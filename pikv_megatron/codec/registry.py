@@ -14,6 +14,7 @@ from pikv_megatron.codec.format.int4 import Int4Options
 from pikv_megatron.codec.format.int8 import Int8Options
 from pikv_megatron.codec.format.mixed import MixedOptions, from_pair
 from pikv_megatron.codec.format.plain import PlainOptions
+from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.codec.rotation import RotatedTransform
 from pikv_megatron.codec.transform.chunkkv import ChunkKVOptions
 from pikv_megatron.codec.transform.distillation import DistillationOptions
@@ -48,6 +49,9 @@ class CodecOptions(Options):
         "none", description="of stored numbers, before they are packed"
     )
     format: Format = Field(PlainOptions(), description="how its numbers are packed")
+    keys: Literal["after_rope", "before_rope"] = Field(
+        "after_rope", description="whether keys are stored as RoPE turned them, or are turned anew"
+    )
 
     @field_validator("transform", "format", mode="before")
     @classmethod
@@ -56,12 +60,15 @@ class CodecOptions(Options):
         return from_pair(value)
 
     def build(
-        self, kv: KVShape, page_size: int, num_slots: int, moments: KVMoments | None = None
+        self, kv: KVShape, page_size: int, num_slots: int, moments: KVMoments | None = None,
+        num_shards: int = 1, num_positions: int = 0,
     ) -> PageCodec:
         """The codec of a layer, for `num_slots` sequences.
 
         Args:
             moments: of the layer's keys and values, where it was calibrated.
+            num_shards: of a sequence, on this rank.
+            num_positions: that tokens can have.
 
         Raises:
             ValueError: a parameter does not fit the layer or the pages.
@@ -73,7 +80,15 @@ class CodecOptions(Options):
                 f"codec.transform.young {self.transform.ageing.young} pools older pages, and "
                 f"codec.format aged packs them anew: leave out one of the two"
             )
-        transform = self.transform.build(kv, num_slots, moments)
+        if self.keys == "before_rope":
+            self._refuse_other_channels(kv)
+        num_bases = num_shards if self.transform.is_by_expert else 1
+        if moments is not None and self.transform.is_by_expert:
+            raise ValueError(
+                f"codec.transform {self.transform.name} has per_expert, and a calibration is of "
+                "all experts together: leave out calibration, or per_expert"
+            )
+        transform = self.transform.build(kv, num_slots * num_bases, moments, num_bases)
         if self.rotation == "hadamard":
             transform = RotatedTransform(kv, transform)
         pooled = 1 if transform is None else transform.pooled
@@ -83,7 +98,10 @@ class CodecOptions(Options):
                 f"{page_size} must be a multiple of {pooled}"
             )
         self.format.check(page_size // pooled)
-        return PageCodec(kv, page_size, transform, self.format, self.transform.ageing)
+        return PageCodec(
+            kv, page_size, transform, self.format, self.transform.ageing, num_bases,
+            KeyAngles(kv, num_positions) if self.keys == "before_rope" else None,
+        )
 
     def wire(self, kv: KVShape) -> Wire:
         """How tokens travel to their shards; `kv` as computed.
@@ -97,6 +115,23 @@ class CodecOptions(Options):
             values = self.format.wire_values(kv.value_width)
             values = _coarse(kv.value_width) if is_turned else values
         return Wire(_coarse(kv.key_width) if has_keys else None, values)
+
+    def _refuse_other_channels(self, kv: KVShape) -> None:
+        """Keys that are turned where they are read have all their channels there."""
+        for name, method, is_fine in (
+            ("transform", self.transform.name, self.transform.leaves_keys),
+            ("rotation", self.rotation, self.rotation == "none"),
+        ):
+            if not is_fine:
+                raise ValueError(
+                    f"codec.keys before_rope turns keys where they are read, in their own "
+                    f"channels, and codec.{name} {method} stores others: leave out one of the two"
+                )
+        if kv.values_in_keys:
+            raise ValueError(
+                "codec.keys before_rope: latent attention stores keys and values in one row, of "
+                "which RoPE turned the last channels only; leave it out for these layers"
+            )
 
     def _refuse_unshared(self) -> None:
         """Latent attention stores values as columns of the keys."""

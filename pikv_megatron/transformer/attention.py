@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 
+from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.transformer.cached_attention import CachedAttention, by_row
 from pikv_megatron.transformer.layer_prompt import LayerPrompt
 from pikv_megatron.transformer.layer_shapes import sliding_window
@@ -34,6 +35,9 @@ class PiKVSelfAttention(CachedAttention, SelfAttention):
 
     def _attend(self, hidden_states, rotary_pos_emb, context, plan, layer):
         query, key, value = self._project(hidden_states, rotary_pos_emb, plan)
+        angles = layer.store.angles if isinstance(layer, LayerCache) else None
+        if angles is not None and not angles.is_known:
+            angles.learn(self._frequencies(rotary_pos_emb))
         # Of the softmax's own logits it has one a head, learned, that is no token's.
         sink = getattr(self.core_attention, "softmax_offset", None)
         output = layer.attend(query, key, value, plan, sink)
@@ -73,6 +77,23 @@ class PiKVSelfAttention(CachedAttention, SelfAttention):
         if rotation is not None:
             heads = rotation.apply(heads)
         return heads[:, :, :-1].flatten(1, 2), heads[:, :, -1], value
+
+    def _frequencies(self, rotary_pos_emb) -> torch.Tensor:
+        """[w / 2]: angles of position 1.
+
+        Raises:
+            ValueError: the layer does not rotate keys, or pairs neighbouring channels.
+        """
+        config = self.config
+        table = rotary_pos_emb[1] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+        no_rope = config.no_rope_freq and config.no_rope_freq[self.layer_number - 1]
+        if table is None or no_rope or config.rotary_interleaved:
+            raise ValueError(
+                f"codec.keys before_rope: layer {self.layer_number - 1} "
+                + ("pairs neighbouring channels" if config.rotary_interleaved else "has no RoPE")
+                + "; leave it out for this layer"
+            )
+        return table[1, 0, 0, : table.shape[-1] // 2].float()
 
     def _rotation(self, rotary_pos_emb, plan, dtype):
         """RoPE (arXiv 2104.09864) at each row's own positions, None without; keys are stored

@@ -73,6 +73,9 @@ class PiKVInferenceContext(StaticInferenceContext):
         peers = [layer for layer in self.sharded_layers if layer.store.sums_layers]
         for layer in peers:
             layer.peers = peers
+        sources = [layer.expert_source for layer in self.layers.values()]
+        self.keeps_last_experts = "previous" in sources
+        self.last_experts: torch.Tensor | None = None
 
     @classmethod
     def for_model(
@@ -82,13 +85,21 @@ class PiKVInferenceContext(StaticInferenceContext):
         """The context of a model; by default over the model's own expert-parallel group.
 
         Raises:
-            ValueError: as `PiKVConfig.resolve`, or the calibration is of another model.
+            ValueError: the configuration does not fit the model, or the calibration is of another.
         """
         if config.calibration is not None:
             check_calibrated_model(config.calibration, model)
+        specs = config.resolve(layer_shapes(model))
+        for spec, layer in zip(specs, model.decoder.layers):
+            source = spec.options.router.expert_source
+            if source is not None and not hasattr(layer.mlp, "router"):
+                raise ValueError(
+                    f"router.source {source}: layer {spec.number - 1} has no experts; give it "
+                    "`router: all` under `layers`"
+                )
         group = model.pg_collection.ep if ep_group is None else ep_group
         return cls(
-            max_batch_size, max_sequence_length, config, config.resolve(layer_shapes(model)),
+            max_batch_size, max_sequence_length, config, specs,
             group if group.size() > 1 else None,
             model.config.moe_token_dispatcher_type == "allgather",
         )
@@ -243,6 +254,7 @@ class PiKVInferenceContext(StaticInferenceContext):
             assert not held, f"finished sequences still hold tokens: slots {held}"
 
     def _new_plan(self, rows_by_rank: RowsByRank, device: torch.device) -> StepPlan:
+        self.last_experts = None
         return StepPlan(
             rows_by_rank, self.rank, self.max_batch_size, self.layout, self.footprint, device,
             self._pads_evenly,
@@ -311,6 +323,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,
             self.keeps_experts > 1, Pinned.of(self.pikv_config.pinned, self.footprint),
+            self.max_sequence_length,
         )
         directory = None
         if not isinstance(spec.options.sketch, NoSketchOptions):

@@ -96,12 +96,24 @@ class TransformOptions(Options):
         """How older pages are pooled; None: they are not."""
         return None
 
+    @property
+    def leaves_keys(self) -> bool:
+        """Whether keys are stored as they come, in all their channels."""
+        return False
+
+    @property
+    def is_by_expert(self) -> bool:
+        """Whether the tokens of each expert are stored in their own way."""
+        return False
+
     @abstractmethod
     def build(
-        self, kv: KVShape, num_slots: int, moments: KVMoments | None = None
+        self, kv: KVShape, num_slots: int, moments: KVMoments | None = None, num_bases: int = 1
     ) -> KVTransform | None:
         """The transform of a layer, for `num_slots` sequences; None stores tokens as computed.
 
         Args:
             moments: of the layer's keys and values, where it was calibrated.
+            num_bases: parts of a sequence with a basis each: what is a sequence's slot to the
+                transform then is that of its part, slot * num_bases + part.
         """

@@ -54,8 +54,13 @@ class LinearOptions(TransformOptions):
 
     rank: int | None = Field(None, ge=1, description="numbers of a key; null: half the width")
     value_rank: int | None = Field(None, ge=1, description="numbers of a value; null: as of a key")
+    per_expert: bool = Field(False, description="a basis for the tokens of each expert shard")
 
-    def build(self, kv, num_slots, moments=None):
+    @property
+    def is_by_expert(self):
+        return self.per_expert
+
+    def build(self, kv, num_slots, moments=None, num_bases=1):
         keys, values = (None, None) if moments is None else moments
         if kv.values_in_keys:
             if self.value_rank is not None:
@@ -63,26 +68,40 @@ class LinearOptions(TransformOptions):
                     f"codec.transform.value_rank {self.value_rank}: the values of latent attention "
                     "are columns of its keys and stored with them; set rank alone"
                 )
-            return SharedLinearTransform(self.row_map(kv, num_slots, keys), kv.value_width)
+            rows = self.row_map(kv, num_slots, keys, num_bases)
+            return SharedLinearTransform(rows, kv.value_width)
         return LinearTransform(
-            self.key_map(kv, num_slots, keys), self.value_map(kv, num_slots, values)
+            self.key_map(kv, num_slots, keys, num_bases),
+            self.value_map(kv, num_slots, values, num_bases),
         )
 
-    def key_map(self, kv: KVShape, num_slots: int, moments: Moments | None) -> "LinearMap":
+    def key_map(
+        self, kv: KVShape, num_slots: int, moments: Moments | None, num_bases: int = 1
+    ) -> "LinearMap":
         """The map of keys."""
         rank = _checked("rank", self.rank or max(1, kv.key_width // 2), kv.key_width)
-        return LinearMap(kv, kv.key_width, rank, num_slots, self, self.fit_keys, moments)
+        return LinearMap(
+            kv, kv.key_width, rank, num_slots, self, self.fit_keys, moments, num_bases
+        )
 
-    def value_map(self, kv: KVShape, num_slots: int, moments: Moments | None) -> "LinearMap":
+    def value_map(
+        self, kv: KVShape, num_slots: int, moments: Moments | None, num_bases: int = 1
+    ) -> "LinearMap":
         """The map of values."""
         wanted = self.value_rank or self.rank or max(1, kv.value_width // 2)
         rank = _checked("value_rank", wanted, kv.value_width)
-        return LinearMap(kv, kv.value_width, rank, num_slots, self, self.fit_values, moments)
+        return LinearMap(
+            kv, kv.value_width, rank, num_slots, self, self.fit_values, moments, num_bases
+        )
 
-    def row_map(self, kv: KVShape, num_slots: int, moments: Moments | None) -> "LinearMap":
+    def row_map(
+        self, kv: KVShape, num_slots: int, moments: Moments | None, num_bases: int = 1
+    ) -> "LinearMap":
         """The map of rows whose first columns are values: RoPE turns few of the others."""
         rank = _checked("rank", self.rank or max(1, kv.key_width // 2), kv.key_width)
-        return LinearMap(kv, kv.key_width, rank, num_slots, self, self.fit_values, moments)
+        return LinearMap(
+            kv, kv.key_width, rank, num_slots, self, self.fit_values, moments, num_bases
+        )
 
     @abstractmethod
     def fit_keys(self, moments: Moments, rank: int) -> Factors:
@@ -113,6 +132,7 @@ class LinearMap:
         fit: its factors from moments and a rank.
         moments: of a calibration: all sequences then have the factors fitted to them; None: those
             of a sequence's first sealed pages, of its prompt or its first chunk.
+        num_bases: parts of a sequence, each of which has its own.
 
     Attributes:
         rank: as given.
@@ -121,14 +141,15 @@ class LinearMap:
 
     def __init__(
         self, kv: KVShape, width: int, rank: int, num_slots: int, options: LinearOptions,
-        fit: Callable[[Moments, int], Factors], moments: Moments | None,
+        fit: Callable[[Moments, int], Factors], moments: Moments | None, num_bases: int = 1,
     ):
         self.rank, self.num_groups = rank, kv.num_groups
         self._fit = fit
         self._is_shared = options.is_shared or moments is not None
         self._fitted: set[int] = set()
         shapes = [(width,), (width, rank)] + [(rank, width)] * (not options.is_orthogonal)
-        maps = min(1, num_slots) if self._is_shared else num_slots
+        self._num_bases = num_bases
+        maps = min(num_bases, num_slots) if self._is_shared else num_slots
         self._factors = Factors(
             *(torch.zeros(maps, kv.num_groups, *shape, device=kv.device) for shape in shapes)
         )
@@ -153,7 +174,9 @@ class LinearMap:
     def factors(self, slots: Tensor) -> Factors:
         """Of the sequences, [n, ng, ...]; or [1, ng, ...] for all of them."""
         if self._is_shared:
-            return self._factors
+            if self._num_bases == 1:
+                return self._factors
+            slots = slots % self._num_bases
         return Factors(*(None if part is None else part[slots] for part in self._factors))
 
     def tensors(self) -> list[Tensor]:
@@ -191,7 +214,7 @@ class LinearMap:
         self._fitted.add(index)
 
     def _index(self, slot: int) -> int:
-        return 0 if self._is_shared else slot
+        return slot % self._num_bases if self._is_shared else slot
 
 
 class LinearTransform(KVTransform):

@@ -31,7 +31,7 @@ class PyramidKVOptions(TransformOptions):
     def ageing(self):
         return None if self.young is None else Ageing(self.young, self.levels)
 
-    def build(self, kv, num_slots, moments=None):
+    def build(self, kv, num_slots, moments=None, num_bases=1):
         return PoolingTransform(kv, 2**self.level) if self.level else None
 
 
