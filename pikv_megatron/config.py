@@ -6,7 +6,8 @@ from typing import Any, Literal, Sequence
 import yaml
 from pydantic import ByteSize, Field, ValidationError, model_validator
 
-from pikv_megatron.codec.calibration import load_moments
+from pikv_megatron.calibrated import Layers, load_calibrated
+from pikv_megatron.codec.calibration import read_moments
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
 from pikv_megatron.sketch.keys import KeysOptions
@@ -27,6 +28,8 @@ class PiKVConfig(LayerOptions):
         hash_block: consecutive positions that share a token hash, b; None: `page_size`.
         replicas: shards that store each token, those of its best experts.
         num_sinks: first tokens of a sequence that stay in the home rank's stream window.
+        pinned: first tokens of a sequence, a system prompt say, whose pages retention never drops;
+            they fill the budget first.
         window: last tokens of a sequence that stay in the home rank's stream window.
         flush_interval: decode steps between two flushes from the window to the shards.
         prefill_chunk_size: prompt tokens that a home rank feeds in one forward pass.
@@ -38,8 +41,8 @@ class PiKVConfig(LayerOptions):
         cuda_graphs: whether steps that only decode are recorded as CUDA graphs, one for each
             batch size and power of two of pages, and replayed: their cost on the host is gone.
             Without CUDA it changes nothing.
-        calibration: a file of `launch/calibrate.py` that transforms are fitted to; None: they
-            learn from every sequence's first pages.
+        calibration: a file of `launch/calibrate.py`, which transforms and some retention policies
+            are fitted to; None: transforms learn from every sequence's first pages.
         layers: other methods for some layers.
 
     The methods are those of `LayerOptions`.
@@ -52,6 +55,7 @@ class PiKVConfig(LayerOptions):
     hash_block: int | None = Field(None, ge=1)
     replicas: int = Field(1, ge=1)
     num_sinks: int = Field(4, ge=0)
+    pinned: int = Field(0, ge=0)
     window: int = Field(128, ge=0)
     flush_interval: int = Field(16, ge=1)
     prefill_chunk_size: int = Field(1024, ge=1)
@@ -125,23 +129,25 @@ class PiKVConfig(LayerOptions):
                     f"layers: match {override.match!r} names layer {beyond[0]}, and the model has "
                     f"{len(layers)}, counted from 0"
                 )
-        moments = [None] * len(layers)
-        if self.calibration is not None:
-            moments = load_moments(self.calibration, [
-                shape.kv if shape.sliding_window is None else None for shape in layers
-            ])
+        calibrated = {} if self.calibration is None else load_calibrated(self.calibration).layers
         specs = tuple(
-            LayerSpec(
-                number + 1, *shape, self._options_of(number, len(layers)), moments[number]
-            )
+            self._spec_of(number, shape, len(layers), calibrated)
             for number, shape in enumerate(layers)
         )
-        for spec in {spec[1:-1]: spec for spec in specs}.values():
-            spec.options.retention.build()
+        for spec in specs:
+            if spec.sliding_window is None:
+                spec.options.retention.build(spec.fitted)
+        for spec in {spec.chosen: spec for spec in specs}.values():
             if spec.options.retention.needs_scores and spec.kv.values_in_keys:
                 raise ValueError(
                     f"retention {spec.options.retention.name} scores keys and values, and layer "
                     f"{spec.number - 1} stores latent ones: name another policy"
+                )
+            source = spec.options.router.expert_source
+            if source is not None and self.expert_shards == 1:
+                raise ValueError(
+                    f"router.source {source} visits the shards of experts, and expert_shards is 1: "
+                    "set it to a power of two, the number of experts say"
                 )
             needs_bounds = spec.options.selector.needs_bounds
             spec.options.sketch.build(spec.kv, self.page_size, 0, needs_bounds)
@@ -181,6 +187,21 @@ class PiKVConfig(LayerOptions):
                     f"token, and replicas {self.replicas} hides tokens one by one: use replicas 1"
                 )
         return specs
+
+    def _spec_of(
+        self, number: int, shape: LayerShape, num_layers: int, calibrated: Layers
+    ) -> LayerSpec:
+        spec = LayerSpec(number + 1, *shape, self._options_of(number, num_layers))
+        # A layer with a sliding window has no pages, and needs no calibration.
+        if self.calibration is None or shape.sliding_window is not None:
+            return spec
+        fitted = calibrated.get(number, {})
+        moments = read_moments(self.calibration, number, fitted, shape.kv)
+        # Single numbers stay where the host can read them.
+        fitted = {
+            name: part.to(shape.kv.device) if part.dim() else part for name, part in fitted.items()
+        }
+        return spec._replace(moments=moments, fitted=fitted)
 
     def _options_of(self, layer: int, num_layers: int) -> LayerOptions:
         methods = {name: getattr(self, name) for name in LayerOptions.model_fields}

@@ -1,6 +1,8 @@
 """What the cache has to know of a model's layers, before anything is allocated."""
 
-from typing import NamedTuple
+from typing import Any, Mapping, NamedTuple
+
+from torch import Tensor
 
 from pikv_megatron.codec.transform.moments import KVMoments
 from pikv_megatron.layer_options import LayerOptions
@@ -39,6 +41,7 @@ class LayerSpec(NamedTuple):
             back; None: the widths of keys and values.
         options: what is chosen for this layer.
         moments: of its keys and values, where they were calibrated.
+        fitted: all that was calibrated of it, by name (`calibrated.py`); None: nothing was.
     """
 
     number: int
@@ -49,3 +52,9 @@ class LayerSpec(NamedTuple):
     sent_widths: tuple[int, int] | None
     options: LayerOptions
     moments: KVMoments | None = None
+    fitted: Mapping[str, Tensor] | None = None
+
+    @property
+    def chosen(self) -> tuple[Any, ...]:
+        """What is checked of a layer, the same for layers that are alike."""
+        return self[1:7]

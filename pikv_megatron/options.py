@@ -18,6 +18,7 @@ class Options(BaseModel):
         needs_bounds: the method reads what pages can have at most and at least.
         needs_mass: the method reads the share of the attention that pages had.
         needs_scores: the method scores the tokens of prompts as they come.
+        needs_calibration: the method was fitted by `launch/calibrate.py`, and reads its file.
         extra: optional extra of this package that the method takes; None: it needs none.
     """
 
@@ -27,6 +28,7 @@ class Options(BaseModel):
     needs_bounds: ClassVar[bool] = False
     needs_mass: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
     extra: ClassVar[str | None] = None
 
 

@@ -37,12 +37,15 @@ class Ask:
         near_lse: [n, np], log-sum-exp of the logits of what lies at home, in the window; None where
             the selector does not need it.
         layer: number of the layer.
+        expert_shares: [n, N], float32, what shards are worth by the experts whose tokens they hold;
+            None where pages decide.
     """
 
     def __init__(
         self, query: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
         directory: Directory | None = None, judge: PageJudge | None = None,
         near_lse: torch.Tensor | None = None, layer: int = 0,
+        expert_shares: torch.Tensor | None = None,
     ):
         self.query = query
         self.slots = slots
@@ -50,6 +53,7 @@ class Ask:
         self.directory = directory
         self.near_lse = near_lse
         self.layer = layer
+        self._expert_shares = expert_shares
         self._judge = judge
 
     @cached_property
@@ -78,7 +82,10 @@ class Ask:
         return self._judge.bounds()
 
     def shard_scores(self) -> torch.Tensor:
-        """[n, N], float32: the shares of a shard's pages, summed."""
+        """[n, N], float32, what shards are worth: the shares of their pages, summed, or what
+        experts say."""
+        if self._expert_shares is not None:
+            return self._expert_shares
         return self._by_shard(self.page_scores)
 
     def shard_pages(self) -> torch.Tensor:

@@ -308,7 +308,8 @@ class PageStats(NamedTuple):
         last_used: [r, m], int64, when a query last used it, see `RetentionOptions.use_threshold`;
             -1: never.
         uses: [r, m], float32, queries that used it.
-        score: [r, m], float32, mean score of its tokens; inf where any came without one.
+        score: [r, m, scores], float32, what the policy made of the page's tokens when it was
+            sealed, or the mean of what it made of them as they came; inf where any had none.
     """
 
     is_page: Tensor

@@ -19,7 +19,8 @@ SHAPE = LayerShape(KVShape(2, 16, 16, torch.float32, torch.device("cpu")), 4, 0.
 FAMILIES = {"router": Router, "selector": Selector, "sketch": Sketch, "retention": Retention}
 BARE = [
     (field, name) for field, kind in FAMILIES.items() for name, options in members(kind).items()
-    if options.extra is None  # tests/retention/test_kvpress.py has the other
+    # tests/retention has the others.
+    if options.extra is None and not options.needs_calibration
 ]
 
 
@@ -106,6 +107,7 @@ def test_layers_can_have_methods_of_their_own():
 
 @pytest.mark.parametrize("fields, message", [
     ({"layers": [{"match": "1-4", "selector": "mass"}]}, "match '1-4' names layer 4"),
+    ({"router": {"name": "top_k", "source": "moe"}}, "source moe visits the shards of experts"),
     ({"layers": [{"match": "0", "sketch": "none"}], "selector": "mass"}, "needs a sketch"),
     ({"sketch": {"name": "low_rank", "rank": 99}}, "sketch.rank 99 exceeds the width of a key"),
     ({"selector": "certified", "replicas": 2, "expert_shards": 2}, "replicas 2 stores it more"),

@@ -1,11 +1,16 @@
 """Every method acts on the running cache: through `generate` at every size of the expert-parallel
 group, and through Megatron's own engine."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from parity_models import VOCAB, build, draw_weights
 from ranks import run_ranks
 
 from pikv_megatron import PiKVConfig, PiKVForCausalLM, process_groups
+from pikv_megatron.calibrated import save_calibrated
+from pikv_megatron.calibration.run import calibrate
 from pikv_megatron.methods import FAMILIES
 from pikv_megatron.options import members
 
@@ -14,12 +19,18 @@ PROMPTS = [[(7 * i) % VOCAB for i in range(90)], [5, 9, 2], [(3 * i) % VOCAB for
 NUM_NEW = 12
 
 
+# Stands for a file that a run writes: some methods are fitted to the model.
+CALIBRATION = "a calibration of the model"
+
+
 def named(key: str, name: str) -> dict:
     """The bare name of a method, under its key; what it needs besides."""
     if key.startswith("codec."):
         # Numbers of 3 bits are packed by 8 tokens.
         sizes = {"page_size": 8} if name == "int3" else {}
         return {"codec": {key.removeprefix("codec."): name}} | sizes
+    if members(FAMILIES[key])[name].needs_calibration:
+        return {key: name, "calibration": CALIBRATION}
     return {key: name} | ({"retention": "streaming"} if key == "budget" else {})
 
 
@@ -31,10 +42,21 @@ METHODS = {
     # Attention of random weights is diffuse, and by their defaults these would read nearly all.
     "selector certified": {"selector": {"name": "certified", "tolerance": 0.4}},
     "selector sampled": {"selector": {"name": "sampled", "epsilon": 0.4}},
+    "router of the MoE": {
+        "router": {"name": "top_k", "source": "moe"}, "token_shards": 1, "expert_shards": 4,
+    },
+    "router of the layer before": {
+        "router": {"name": "eplb", "source": "previous"}, "token_shards": 1, "expert_shards": 4,
+    },
     "mass with a tail": {"selector": {"name": "mass", "tail": "mean"}},
     "keys first": {
         "sketch": "keys", "selector": {"name": "mass", "tail": "mean"}, "codec": {"format": "int4"},
     },
+    "keys of aged pages": {
+        "sketch": "keys", "selector": "mass",
+        "codec": {"format": {"name": "aged", "young": 1, "new": "int8", "old": "int4"}},
+    },
+    "pinned": {"retention": "streaming", "pinned": 24},
     "pooled old pages": {
         "codec": {"transform": {"name": "pyramidkv", "level": 0, "young": 1}, "format": "int8"},
         "selector": "mass",
@@ -68,8 +90,23 @@ BY_RANK = [
 ]
 
 
-def run_method(pg, fields: dict) -> dict:
-    config = PiKVConfig(**SMALL | fields)
+def write_calibration(path: Path) -> None:
+    """What there is to know of the model, which is alike on any number of ranks."""
+    with process_groups(expert_parallel_size=1, timeout_seconds=60) as pg:
+        model = build(pg, PiKVConfig())
+        draw_weights(model, 0)
+        generator = torch.Generator().manual_seed(2)
+        ids = torch.randint(VOCAB, (4, 120), generator=generator)
+        save_calibrated(path, {"model": "tiny"}, calibrate(model, ids, VOCAB, {}))
+
+
+def config_of(fields: dict, calibration: Path, sizes: dict) -> PiKVConfig:
+    own = {"calibration": calibration} if "calibration" in fields else {}
+    return PiKVConfig(**sizes | fields | own)
+
+
+def run_method(pg, fields: dict, calibration: Path) -> dict:
+    config = config_of(fields, calibration, SMALL)
     model = build(pg, config)
     draw_weights(model, pg.ep.rank())
     lm = PiKVForCausalLM(model, config, vocab_size=VOCAB)
@@ -91,21 +128,28 @@ def run_method(pg, fields: dict) -> dict:
     return figures | {"tokens": first.token_ids}
 
 
-def run_methods(num_ranks: int) -> dict:
+def run_methods(num_ranks: int, calibration: Path) -> dict:
     with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
-        return {name: run_method(pg, fields) for name, fields in METHODS.items()}
+        return {name: run_method(pg, fields, calibration) for name, fields in METHODS.items()}
 
 
 @pytest.fixture(scope="module")
-def found_alone() -> list[dict]:
-    return run_ranks(run_methods, 1, 1, timeout=280)
+def calibration(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("methods") / "calibration.safetensors"
+    run_ranks(write_calibration, 1, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found_alone(calibration) -> list[dict]:
+    return run_ranks(run_methods, 1, 1, calibration, timeout=280)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_every_method_acts_through_generate(num_ranks, found_alone):
+def test_every_method_acts_through_generate(num_ranks, found_alone, calibration):
     by_rank = found_alone
     if num_ranks > 1:
-        by_rank = run_ranks(run_methods, num_ranks, num_ranks, timeout=280)
+        by_rank = run_ranks(run_methods, num_ranks, num_ranks, calibration, timeout=280)
     all_pages = sum(found["router all"]["read"] for found in by_rank)
     for name in METHODS:
         every = [found[name] for found in by_rank]

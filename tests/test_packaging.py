@@ -32,7 +32,7 @@ LOADERS = {
 LAYERS = [
     {"types", "options"},
     {"ops"},
-    {"relevance"},
+    {"relevance", "calibrated"},
     {"router", "selector", "retention", "codec", "sketch"},
     {"layer_options"},
     {"layer_spec"},

@@ -76,11 +76,13 @@ class LayerCache:
         self._placement = placement
         self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.on_leave: Callable[[TokenBlock], None] | None = None
-        self._wire = spec.options.codec.wire(spec.kv)
         self.on_bound: Callable[[torch.Tensor], None] | None = None
+        self._wire = spec.options.codec.wire(spec.kv)
         self._chunk: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._maps = GROUPED
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._expert_shares: torch.Tensor | None = None
+        self._shards_of_experts: torch.Tensor | None = None
         # [t], of the step's tokens, where retention asks.
         self._scores: torch.Tensor | None = None
         self._last_lse = None
@@ -133,6 +135,19 @@ class LayerCache:
                 None if x is None else _first(x, first).transpose(0, 1) for x in self._chunk
             )
             self.window.write(own.window_slots, own.places, *tokens)
+
+    @property
+    def expert_source(self) -> str | None:
+        """Whose experts `weigh_shards` is to be told of before a step; see `RouterOptions`."""
+        return self.spec.options.router.expert_source
+
+    def weigh_shards(self, experts: torch.Tensor) -> None:
+        """Let experts say what shards are worth to a step's tokens: shares [t, E] of 1."""
+        if self._shards_of_experts is None:
+            self._shards_of_experts = self._placement.shards_of_experts(
+                experts.shape[1], experts.device
+            )
+        self._expert_shares = experts.float() @ self._shards_of_experts
 
     @property
     def scores_prompts(self) -> bool:
@@ -273,8 +288,11 @@ class LayerCache:
             return StepChoice(Reads())
         slots = part.numbers.window_slots
         who = absorbed[:, 0], slots, part.numbers.positions
+        shares = None
+        if self.expert_source is not None:
+            shares = _first(self._expert_shares, part.num_rows)
         if self.directory is None:
-            return choose(self.router, self.selector, Ask(*who))
+            return choose(self.router, self.selector, Ask(*who, expert_shares=shares))
         num_columns = self.store.num_columns(part.most_pages)
         listed = self.directory.listed(slots, part.own_reads.key, num_columns)
         if self.directory.asks_owners:
@@ -284,7 +302,7 @@ class LayerCache:
         else:
             judge = self.directory.judge(absorbed[:, 0], slots, listed)
         near_lse = None if near is None else near.lse[:, 0]
-        ask = Ask(*who, listed.directory, judge, near_lse, self.spec.number)
+        ask = Ask(*who, listed.directory, judge, near_lse, self.spec.number, shares)
         return choose(self.router, self.selector, ask)
 
     def _attend_here(

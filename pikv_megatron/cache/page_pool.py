@@ -16,12 +16,12 @@ class PagePool:
         position: [p + 1, S], int32.
         shard: [p + 1], int32, the shard a page belongs to.
         earlier_shards: [p + 1, S], int64 replica masks, or None without replicas.
-        score: [p + 1], float32, of a page, or None where retention does not ask for it.
+        score: [p + 1, scores], float32, of a page, or None where retention does not ask for it.
         free: which pages are free.
     """
 
     def __init__(
-        self, codec: PageCodec, page_size: int, has_replicas: bool, has_scores: bool,
+        self, codec: PageCodec, page_size: int, has_replicas: bool, num_scores: int,
         device: torch.device,
     ):
         self.free = FreeList(device)
@@ -31,7 +31,9 @@ class PagePool:
         self.earlier_shards = (
             torch.zeros(1, page_size, dtype=torch.int64, device=device) if has_replicas else None
         )
-        self.score = torch.zeros(1, device=device) if has_scores else None
+        self.score = (
+            torch.zeros(1, num_scores, device=device) if num_scores else None
+        )
 
     @property
     def null_page(self) -> int:

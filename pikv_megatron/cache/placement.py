@@ -72,6 +72,18 @@ class Placement(BaseModel):
         at_home = self.local_shard(shard) * self.num_ranks + self.rank
         return torch.where(position < self.num_sinks + self.shard_after, at_home, shard)
 
+    def shards_of_experts(self, num_experts: int, device: torch.device) -> torch.Tensor:
+        """[E, N], float32: which part of an expert's tokens lies in each shard, all positions
+        alike.
+
+        Example:
+            One token shard, two expert shards, three experts: 1, 0; 0, 1; 1, 0.
+        """
+        expert = torch.arange(num_experts, device=device) % self.expert_shards
+        shard = torch.arange(self.token_shards, device=device) ^ expert.unsqueeze(1)
+        parts = torch.zeros(num_experts, self.num_shards, device=device)
+        return parts.scatter_(1, shard, 1 / self.token_shards)
+
     def tokens_by_shard(self, home: int, length: np.ndarray) -> np.ndarray:
         """[r, N]: tokens [num_sinks, length) of sequences [r] of a home rank, by their shard, where
         experts have no say."""

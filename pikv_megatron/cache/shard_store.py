@@ -5,8 +5,7 @@ m columns of a sequence, k pages read, t tokens of a block. A *group* is one (sl
 with a token buffer.
 """
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.cache.page_statistics import PageStatistics
 from pikv_megatron.cache.page_table import PageTable
+from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
@@ -40,6 +40,7 @@ class ShardStore:
         num_slots: sequence slots of the whole group.
         max_pages: most pages that one sequence can fill on this rank.
         has_replicas: whether tokens can be stored in more than one shard.
+        pinned: what is never dropped.
         num_positions: that tokens can have, where keys are stored before RoPE.
 
     Attributes:
@@ -51,25 +52,26 @@ class ShardStore:
 
     def __init__(
         self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
-        max_pages: int, has_replicas: bool, num_positions: int = 0,
+        max_pages: int, has_replicas: bool, pinned: Pinned = Pinned(), num_positions: int = 0,
     ):
         options, kv = spec.options, spec.kv
         self.placement = placement
         self.page_size = page_size
         self.num_slots = num_slots
-        self.retention = options.retention.build()
-        self._budget, self._kv = options.budget, kv
+        self.retention = options.retention.build(spec.fitted)
+        self._budget, self._kv, self._pinned = options.budget, kv, pinned
         self._softmax_scale, self._num_heads = spec.softmax_scale, spec.num_heads
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(
             kv, page_size, num_slots, spec.moments, self._shards, num_positions
         )
-        has_scores = options.retention.needs_scores
+        self._has_token_scores = options.retention.needs_scores
+        num_scores = 0 if self.retention is None else self.retention.num_scores
         kind = PagePool if self._codec.older is None else AgedPagePool
-        self.pool = kind(self._codec, page_size, has_replicas, has_scores, kv.device)
+        self.pool = kind(self._codec, page_size, has_replicas, num_scores, kv.device)
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
-        metadata |= {"score": torch.float32} if has_scores else {}
+        metadata |= {"score": torch.float32} if self._has_token_scores else {}
         self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
         self._open_pages = KVPages.plain(
             self.buffers.tensors["keys"], self.buffers.tensors.get("values"), kv.value_width
@@ -116,7 +118,8 @@ class ShardStore:
             most_pages = self._codec.ageing.most(most_pages, self._shards)
         if self.retention is None:
             return most_pages
-        return self._budget.most(most_pages, self._shards)
+        most_kept = self._budget.most(most_pages, self._shards) + self._pinned.most_pages
+        return min(most_pages, most_kept)
 
     def num_old(self, num_columns: int) -> int:
         """Those of a sequence's pages that are stored as older ones are, if all shards have as
@@ -155,6 +158,8 @@ class ShardStore:
             )
             if self.statistics is not None:
                 self.statistics.join(*pair)
+            if self.pool.score is not None:
+                self.pool.score[pair[0]] = self.pool.score[pair].amax(dim=0)
             self._drop(slots, drop)
             drops.append(drop)
         return drops
@@ -185,7 +190,7 @@ class ShardStore:
         tokens = {name: getattr(block, name) for name in (*self._kv.heads, "position")}
         if self.pool.earlier_shards is not None:
             tokens["earlier"] = block.earlier_shards
-        if self.pool.score is not None:
+        if self._has_token_scores:
             tokens["score"] = block.score
         pages = self.buffers.insert(admission, tokens)
         if pages:
@@ -201,7 +206,7 @@ class ShardStore:
             near: lists that are attended to besides, in the same softmax.
         """
         sealed, opened = self._list(reads)
-        return self._attend(query, reads, sealed, [opened, *near], drawn=self._drawn(reads))[0]
+        return self._attend(query, reads, sealed, [opened, *near])[0]
 
     def attend_decoding(
         self, query: torch.Tensor, reads: OwnerReads, near: list[PageList],
@@ -238,12 +243,8 @@ class ShardStore:
             "sealed", None if reads.key is None else (num_columns, reads.key),
             lambda: self._sealed(reads, num_columns),
         )
-        found = [
-            self._codec.page_logits(query, part, self._softmax_scale, reads.slots)
-            for part in self.pool.lists(sealed)
-        ]
-        # A page is in one of the lists.
-        return reduce(torch.maximum, found)
+        lists = self.pool.lists(sealed)
+        return self._codec.page_logits(query, lists, self._softmax_scale, reads.slots)
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
         """Count the masses of a prompt's last queries.
@@ -275,6 +276,10 @@ class ShardStore:
         stats = self._stats(slots, most_pages)
         filled = self.ledger.num_tokens[:-1].view(-1, self._shards)[slots] // self.page_size
         limit = self._budget.limit(filled)
+        if self._pinned.num_tokens:
+            pages = self.table.page[slots, :most_pages].where(stats.is_page, self.pool.null_page)
+            oldest = self.pool.position[pages, 0].long()
+            stats, limit = self._pinned.set_aside(stats, oldest, limit)
         drop = self.retention.drop(stats, limit)
         self._drop(slots, drop)
         return drop
@@ -345,22 +350,22 @@ class ShardStore:
 
     def _attend(
         self, query: torch.Tensor, reads: OwnerReads, sealed: PageList, plain: list[PageList],
-        with_mass: bool = False, drawn: Sequence[PageList] = (),
+        with_mass: bool = False,
     ) -> tuple[AttentionState, torch.Tensor | None, list[torch.Tensor]]:
         """The attention, and if asked for the masses of the sealed pages and of the other lists;
-        of pages that are drawn besides there are none."""
+        nobody asks where pages are drawn."""
         lists = self._kept(
             "lists", None if reads.key is None or not reads.is_everything
             else (sealed.table.shape[1], reads.key),
             lambda: self.pool.lists(sealed),
         )
-        others = [(part, each) for each in drawn for part in self.pool.lists(each)]
+        drawn = [(part, each) for each in self._drawn(reads) for part in self.pool.lists(each)]
         parts = None
         if self._codec.num_bases > 1:
             parts = [self._part(sealed.table)] * len(lists)
-            parts += [self._part(each.table) for _, each in others]
+            parts += [self._part(each.table) for _, each in drawn]
         state, masses = self._codec.attend(
-            query, [*lists, *(part for part, _ in others)], plain, self._softmax_scale,
+            query, [*lists, *(part for part, _ in drawn)], plain, self._softmax_scale,
             reads.slots, with_mass, parts
         )
         if masses is None:
@@ -389,12 +394,14 @@ class ShardStore:
         self.pool.position[pages] = full["position"]
         if self.pool.earlier_shards is not None:
             self.pool.earlier_shards[pages] = full["earlier"]
-        if self.pool.score is not None:
-            self.pool.score[pages] = full["score"].mean(dim=1)
         if self.statistics is not None:
             self.statistics.start(pages)
         slots, keys = self._parts(pages, admission.page_row), full["keys"]
         values = self._kv.values_of(keys, full.get("values"))
+        if self._has_token_scores:
+            self.pool.score[pages] = full["score"].mean(dim=1, keepdim=True)
+        elif self.pool.score is not None:
+            self.pool.score[pages] = self.retention.score_pages(keys, values, full["position"])
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, keys, values)
         self._codec.seal(

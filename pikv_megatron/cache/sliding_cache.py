@@ -32,6 +32,7 @@ class SlidingCache:
     """
 
     scores_prompts = False
+    expert_source = None
 
     def __init__(self, spec: LayerSpec, num_slots: int):
         kv, self.spec, self._window = spec.kv, spec, spec.sliding_window

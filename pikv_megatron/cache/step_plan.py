@@ -16,7 +16,7 @@ from pikv_megatron.cache.flush_plan import FlushNumbers, FlushPlan, WriteNumbers
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.one_copy import to_device
 from pikv_megatron.cache.prefill_part import PrefillNumbers, PrefillPart
-from pikv_megatron.cache.rotation import Rotation
+from pikv_megatron.ops.rotation import Rotation
 from pikv_megatron.cache.step_rows import RowFields, RowsByRank, Spans, WindowLayout
 
 

@@ -1,1 +1,1 @@
-"""What a model's keys, values and queries are like: the moments that codecs are fitted to."""
+"""What a model's keys, values and queries are like: what methods are fitted to."""

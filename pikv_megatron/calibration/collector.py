@@ -1,6 +1,6 @@
-"""Sums up the keys, values and queries of prompts.
+"""Shows the windows of a text, layer by layer, to what is fitted to them.
 
-Legend: t tokens, np query heads, ng KV heads, g = np / ng, hn head width, h hidden size.
+Legend: t tokens, np query heads, ng KV heads, w width.
 """
 
 import torch
@@ -8,72 +8,122 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from pikv_megatron.codec.transform.moments import KVMoments, Moments
+from pikv_megatron.cache.layer_cache import LayerCache
+from pikv_megatron.calibration.registry import FITS
+from pikv_megatron.calibration.window import LayerWindow
 from pikv_megatron.transformer.context import PiKVInferenceContext
 
+Sums = dict[str, Tensor]  # by layer, fit and name
 
-class MomentCollector:
+
+class Collector:
     """Listens to every layer of a context that has pages, on every rank of its group.
 
     Args:
-        context: whose layers attend.
+        context: whose layers attend, one sequence a rank at a time.
         model: of the context.
+        num_tokens: that are fed of a window.
+        num_windows: of all ranks.
+
+    Attributes:
+        window: number of the window that this rank feeds; None: it feeds none that counts.
     """
 
-    def __init__(self, context: PiKVInferenceContext, model: GPTModel):
-        self._group = context.ep_group
-        self._layers: dict[int, _LayerSums] = {}
-        for layer in context.sharded_layers:
-            number = layer.spec.number - 1
-            self._layers[number] = _LayerSums(model.decoder.layers[number].self_attention)
-            layer.on_attend = self._layers[number].add
+    def __init__(
+        self, context: PiKVInferenceContext, model: GPTModel, num_tokens: int, num_windows: int
+    ):
+        self.window: int | None = None
+        self._group, self._rank = context.ep_group, context.rank
+        self._sums: Sums = {}
+        self._layers = {
+            layer.spec.number - 1: _Listener(
+                self, layer, model.decoder.layers[layer.spec.number - 1].self_attention,
+                num_tokens, num_windows,
+            ) for layer in context.sharded_layers
+        }
 
-    def moments(self) -> dict[int, KVMoments]:
-        """Of every layer that has pages, by its number from 0, all ranks together."""
-        return {number: sums.moments(self._group) for number, sums in self._layers.items()}
+    def add(self, parts: Sums) -> None:
+        """Add what a window gives."""
+        for name, part in parts.items():
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
+
+    def gather(self) -> Sums:
+        """What all ranks have summed up so far, which the first one goes on with; called on all,
+        each of which has seen a window."""
+        if self._group is not None:
+            for name in sorted(self._sums):
+                dist.all_reduce(self._sums[name], group=self._group)
+        found = dict(self._sums)
+        if self._rank:
+            self._sums = {name: torch.zeros_like(part) for name, part in found.items()}
+        return found
+
+    def restore(self, sums: Sums) -> None:
+        """Go on with what `gather` gave."""
+        self._sums = {
+            name: part if self._rank == 0 else torch.zeros_like(part)
+            for name, part in sums.items()
+        }
+
+    def finish(self) -> dict[int, dict[str, Tensor]]:
+        """What was fitted to every layer, by its number from 0."""
+        sums = self.gather()
+        return {
+            number: listener.finish(sums, f"{number}.") for number, listener in
+            self._layers.items()
+        }
 
 
-class _LayerSums:
-    """Sums of one layer, float64."""
+class _Listener:
+    """Puts the steps of a layer together to windows."""
 
-    def __init__(self, attention: torch.nn.Module):
-        self._attention = attention
-        self._sums: list[Tensor] | None = None
+    def __init__(
+        self, owner: Collector, layer: LayerCache, attention: torch.nn.Module, num_tokens: int,
+        num_windows: int,
+    ):
+        self._owner, self._spec, self._num_tokens = owner, layer.spec, num_tokens
+        self._fits = {kind.__name__: kind(attention, num_windows) for kind in FITS}
+        self._parts: list[tuple[Tensor, ...]] = []
+        self._angles: Tensor | None = None
+        self._is_interleaved = attention.config.rotary_interleaved
+        layer.on_attend = self._hear
+        if not layer.spec.kv.values_in_keys:
+            attention.register_forward_pre_hook(self._keep_angles, with_kwargs=True)
 
-    def add(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """A step's query [t, np, hn], key and value [t, ng, hn]."""
-        queries = query.unflatten(1, (key.shape[1], -1)).transpose(0, 1).flatten(1, 2)
-        found = [torch.tensor([len(key)], dtype=torch.float64, device=key.device)]
-        found += [key.double().sum(0), value.double().sum(0)]
-        found += [
-            torch.bmm(x.transpose(1, 2), x)
-            for x in (key.transpose(0, 1).double(), value.transpose(0, 1).double(),
-                      queries.double())
-        ]
-        self._sums = found if self._sums is None else [a + b for a, b in zip(self._sums, found)]
+    def finish(self, sums: Sums, prefix: str) -> dict[str, Tensor]:
+        found = {}
+        for name, fit in self._fits.items():
+            start = f"{prefix}{name}."
+            own = {key.removeprefix(start): x for key, x in sums.items() if key.startswith(start)}
+            if own:
+                found |= fit.finish(own)
+        return found
 
-    def moments(self, group) -> KVMoments:
-        """What the sums come to."""
-        if group is not None:
-            for part in self._sums:
-                dist.all_reduce(part, group=group)
-        count, key_sum, value_sum, key_second, value_second, query_second = self._sums
-        num_queries = count * self._group_size(key_sum.shape[0])
-        return KVMoments(
-            _moments(count, key_sum, key_second, query_second / num_queries),
-            _moments(count, value_sum, value_second, self._output_metric()),
+    def _hear(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """A step's query [t, np, w], key and value [t, ng, w]."""
+        if self._owner.window is None:
+            return
+        self._parts.append((query, key, value))
+        if sum(len(part[1]) for part in self._parts) < self._num_tokens:
+            return
+        states = (torch.cat(parts) for parts in zip(*self._parts))
+        self._parts = []
+        window = LayerWindow(
+            self._owner.window, self._spec.kv, *states, self._spec.softmax_scale, self._angles,
+            self._is_interleaved,
         )
+        start = f"{self._spec.number - 1}."
+        for name, fit in self._fits.items():
+            parts = fit.of(window)
+            self._owner.add({f"{start}{name}.{key}": part for key, part in parts.items()})
 
-    def _group_size(self, num_groups: int) -> int:
-        return self._attention.num_attention_heads_per_partition // num_groups
-
-    def _output_metric(self) -> Tensor:
-        """[ng, hn, hn], W_o W_o^T summed over the heads that read a KV head's values."""
-        heads = self._attention.value_outputs().detach().double()  # [ng, g, hn, h]
-        return torch.einsum("ngwh,ngvh->nwv", heads, heads)
-
-
-def _moments(count: Tensor, total: Tensor, second: Tensor, metric: Tensor) -> Moments:
-    mean = total / count
-    scatter = second - count * mean.unsqueeze(2) * mean.unsqueeze(1)
-    return Moments(mean.float(), scatter.float(), int(count), metric.float())
+    def _keep_angles(self, attention, args, kwargs) -> None:
+        """Angles by position [positions, 1, 1, w] come with every step."""
+        table = kwargs.get("rotary_pos_emb")
+        table = table[0] if isinstance(table, tuple) else table
+        skips = attention.config.no_rope_freq
+        if table is None or skips and skips[attention.layer_number - 1]:
+            width = self._spec.kv.key_width
+            self._angles = torch.zeros(width, device=self._spec.kv.device)
+        else:
+            self._angles = table[1, 0, 0].float()

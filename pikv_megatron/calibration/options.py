@@ -1,20 +1,31 @@
 """The command lines of `launch/calibrate.py` and `launch/allocate.py`, checked before anything is
 loaded."""
 
+import argparse
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 import torch
 
+from pikv_megatron.calibration.text import windows
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
+from pikv_megatron.checkpoint.fingerprint import fingerprint
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.demo.corpus import stdlib_sources
+from pikv_megatron.evaluation.byte_ids import is_bytewise
 from pikv_megatron.evaluation.options import read_cache
-from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive, writable
+from pikv_megatron.inference.arguments import (
+    ArgumentParser,
+    default_dtype,
+    positive,
+    share,
+    writable,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,7 @@ class CalibrateOptions:
         model: a Hugging Face directory.
         architecture: what its `config.json` describes.
         ids: [windows, length], int64, windows of the text.
+        recall: share of them that are pairs to recall.
         dtype: type of weights and caches.
         output: the file to write.
         pikv: the cache whose pages are to be filled, where there is one.
@@ -34,10 +46,26 @@ class CalibrateOptions:
     model: Path
     architecture: Architecture
     ids: torch.Tensor
+    recall: float
     dtype: torch.dtype
     output: Path
     pikv: PiKVConfig = PiKVConfig()
     budget: int | None = None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What a file says of itself."""
+        interleaved = self.architecture.latent_attention is not None
+        return {
+            "model": self.model.resolve().name,
+            "model_sha256": fingerprint(self.model),
+            "data_sha256": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
+            "rotary": "interleaved" if interleaved else "halves",
+            "settings": {
+                "windows": len(self.ids), "length": self.ids.shape[1], "recall": self.recall,
+                "dtype": str(self.dtype).removeprefix("torch."),
+            },
+        }
 
 
 def parse_options(argv: Sequence[str]) -> CalibrateOptions:
@@ -47,7 +75,7 @@ def parse_options(argv: Sequence[str]) -> CalibrateOptions:
         ValueError: with one line that says what is wrong.
     """
     parser = ArgumentParser("Sum up what keys, values and queries are like on a text")
-    _add_common(parser, num_windows=64)
+    _add_common(parser, num_windows=64, recall=None)
     return _options(parser.parse_args(argv))
 
 
@@ -58,7 +86,7 @@ def parse_allocation(argv: Sequence[str]) -> CalibrateOptions:
         ValueError: with one line that says what is wrong.
     """
     parser = ArgumentParser("Choose the codec of every layer for a budget of bytes a token")
-    _add_common(parser, num_windows=4)
+    _add_common(parser, num_windows=4, recall=0.0)
     parser.add_argument("--pikv", required=True, metavar="FILE",
                         help="YAML file of a cache, or name of a preset, without a codec")
     parser.add_argument("--bytes", type=positive(int), required=True,
@@ -91,13 +119,17 @@ def _options(args) -> CalibrateOptions:
             "launched"
         )
     files = args.text or stdlib_sources(held_out=False)
-    ids = _windows(files, Tokenizer.from_directory(args.model), args.windows, args.length)
+    tokenizer = Tokenizer.from_directory(args.model)
+    recall = args.recall
+    if recall is None:
+        recall = 0.5 if is_bytewise(tokenizer) else 0.0
+    ids = windows(files, tokenizer, args.windows, args.length, recall)
     return CalibrateOptions(
-        args.model, architecture, ids, DTYPES[args.dtype], writable(args.output)
+        args.model, architecture, ids, recall, DTYPES[args.dtype], writable(args.output)
     )
 
 
-def _add_common(parser: ArgumentParser, num_windows: int) -> None:
+def _add_common(parser: ArgumentParser, num_windows: int, recall: float | None) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Hugging Face directory")
     add("--output", type=Path, required=True, help="the file to write")
@@ -105,27 +137,7 @@ def _add_common(parser: ArgumentParser, num_windows: int) -> None:
         help="texts; default: sources of Python's standard library")
     add("--length", type=positive(int), default=1024, help="tokens of a window; default: 1024")
     add("--windows", type=positive(int), default=num_windows, help="of text; default: %(default)s")
+    add("--recall", type=share, default=recall, metavar="SHARE",
+        help="of the windows that are pairs to recall, as the demo model learned; default: half "
+        "where the tokenizer is byte-level, else none" if recall is None else argparse.SUPPRESS)
     add("--dtype", choices=list(DTYPES), default=default_dtype(), help="default: %(default)s")
-
-
-def _windows(
-    files: Sequence[Path], tokenizer: Tokenizer, num_windows: int, length: int
-) -> torch.Tensor:
-    """Beginnings of files, one after the other until there are enough."""
-    windows: list[list[int]] = []
-    pending: list[int] = []
-    share = 4 * num_windows // max(1, len(files)) + 1  # of a file, so that many are seen
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--text {path}: cannot read it: {error}") from error
-        pending += tokenizer.encode(text)[: share * length]
-        while len(pending) >= length and len(windows) < num_windows:
-            windows.append(pending[:length])
-            pending = pending[length:]
-        if len(windows) == num_windows:
-            return torch.tensor(windows)
-    raise ValueError(
-        f"--windows {num_windows}: the text has {len(windows)} windows of {length} tokens only"
-    )

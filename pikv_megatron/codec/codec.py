@@ -151,25 +151,32 @@ class PageCodec:
         ]
 
     def page_logits(
-        self, query: torch.Tensor, sealed: PageList, softmax_scale: float, slots: torch.Tensor
+        self, query: torch.Tensor, sealed: list[PageList], softmax_scale: float,
+        slots: torch.Tensor,
     ) -> torch.Tensor:
         """What query [n, np, hn] would find in sealed pages, from their keys alone.
+
+        Args:
+            sealed: lists of as many columns, of which one reads a page.
 
         Returns:
             [n, np, m], float32, the log of each page's summed exponentials, -inf where none is
             listed. A page that has less than 1e-38 of the whole's is said to have that.
         """
-        query, (listed,) = self._absorbed(query.unsqueeze(1), [sealed], softmax_scale, slots)
+        query, lists = self._absorbed(query.unsqueeze(1), sealed, softmax_scale, slots)
         # The attention is over the first channel of the keys, and is not looked at.
-        pages = listed.pages._replace(
-            values=None, value_scale=None, value_zero=None,
-            shared=SharedRow(listed.pages.page_size, 1),
-        )
-        state, (mass,) = decode_attention(
-            query, [listed._replace(pages=pages)], softmax_scale, with_mass=True
-        )
+        lists = [
+            each._replace(pages=each.pages._replace(
+                values=None, value_scale=None, value_zero=None,
+                shared=SharedRow(each.pages.page_size, 1),
+            ))
+            for each in lists
+        ]
+        state, masses = decode_attention(query, lists, softmax_scale, with_mass=True)
+        mass = sum(masses[1:], masses[0])
         logit = mass.clamp(min=LEAST_MASS).log() + state.lse.unsqueeze(3)
-        return logit.squeeze(1).masked_fill_((sealed.lens == 0).unsqueeze(1), -torch.inf)
+        is_none = sum(each.lens for each in sealed) == 0
+        return logit.squeeze(1).masked_fill_(is_none.unsqueeze(1), -torch.inf)
 
     @property
     def learns(self) -> bool:
@@ -231,12 +238,12 @@ class PageCodec:
         return AttentionState(out * has_keys, state.lse), masses
 
     def _absorbed(
-        self, query: torch.Tensor, sealed: Sequence[PageList], softmax_scale: float,
+        self, query: torch.Tensor, sealed: list[PageList], softmax_scale: float,
         slots: torch.Tensor,
     ) -> tuple[torch.Tensor, list[PageList]]:
         """A query [n, sq, np, hn] as it meets what is stored, and lists as they are stored."""
         if self._transform is None:
-            return query, list(sealed)
+            return query, sealed
         absorbed, bias = self._transform.absorb(query, slots)
         lists = [self._stored_list(each) for each in sealed]
         if bias is not None:

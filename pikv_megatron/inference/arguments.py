@@ -63,6 +63,14 @@ def positive(kind: type):
     return parse
 
 
+def share(text: str) -> float:
+    """The `type` of an option that takes a share of a whole."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
 def default_dtype() -> str:
     """Name of the type that suits the machine."""
     return "bfloat16" if torch.cuda.is_available() else "float32"

@@ -101,4 +101,4 @@ class PlannedCache:
 
 def _kind(spec: LayerSpec) -> tuple:
     """What sizes a layer's cache."""
-    return spec[1:-1]
+    return spec.chosen

@@ -23,7 +23,7 @@ class AdaKVOptions(LRUOptions):
     recency: float = Field(0.01, ge=0, description="weight of 1 / place by last use")
     frequency: float = Field(0.1, ge=0, description="weight of the share of queries that use it")
 
-    def build(self):
+    def build(self, fitted=None):
         return AdaKVPolicy(self)
 
 

@@ -4,11 +4,12 @@ retention policy here: in serving, a scheduler schedules requests.
 Pages of a shard compete with each other only, so what stays does not depend on which shards a rank
 has. The first tokens of a sequence are never in a page: they stay in its stream window.
 
-Legend: r sequences, m columns, s shards of the rank.
+Legend: r sequences, m columns, s shards of the rank, ng KV heads, c pages, S tokens a page, w and
+w_v widths of keys and values.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,13 @@ from pikv_megatron.types import PageStats
 
 
 class RetentionPolicy(ABC):
-    """Says how much each page is worth; the budget says how many stay."""
+    """Says how much each page is worth; the budget says how many stay.
+
+    Attributes:
+        num_scores: numbers that are kept of a page from when it is sealed, `PageStats.score`.
+    """
+
+    num_scores: int = 0
 
     @abstractmethod
     def utility(self, stats: PageStats) -> torch.Tensor:
@@ -28,6 +35,19 @@ class RetentionPolicy(ABC):
 
     def score(self, prompt: Prompt) -> torch.Tensor:
         """[t], float32, of a prompt's tokens; asked of policies that `needs_scores`."""
+        raise NotImplementedError
+
+    def score_pages(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """[c, num_scores], float32, of pages that are sealed; asked of policies that have scores
+        and do not take them from prompts.
+
+        Args:
+            keys: [ng, c, S, w], rotated, before they are compressed.
+            values: [ng, c, S, w_v].
+            positions: [c, S].
+        """
         raise NotImplementedError
 
     def drop(self, stats: PageStats, limit: torch.Tensor) -> torch.Tensor:
@@ -44,8 +64,15 @@ class RetentionOptions(Options):
     """Parameters of a retention policy."""
 
     @abstractmethod
-    def build(self) -> RetentionPolicy | None:
-        """The policy of a layer; None keeps every page."""
+    def build(self, fitted: Mapping[str, torch.Tensor] | None = None) -> RetentionPolicy | None:
+        """The policy of a layer; None keeps every page.
+
+        Args:
+            fitted: what was calibrated of the layer, by name; None: nothing was.
+
+        Raises:
+            ValueError: the policy lacks something; names it and the remedy.
+        """
 
     @property
     def use_threshold(self) -> float | None:
@@ -76,6 +103,19 @@ def place(stats: PageStats, utility: torch.Tensor) -> torch.Tensor:
     order = best_first(stats, utility)
     places = running(torch.ones_like(order), stats.own_shard.gather(1, order))
     return torch.empty_like(order).scatter_(1, order, places)
+
+
+def share_of_shard(stats: PageStats, logits: torch.Tensor) -> torch.Tensor:
+    """[r, m]: the share of each page in the softmax over the pages of its shard, mean over heads.
+
+    Args:
+        logits: [r, m, heads].
+    """
+    if logits.numel() == 0:
+        return logits.sum(dim=2)
+    is_own = F.one_hot(stats.own_shard).bool() & stats.is_page.unsqueeze(2)
+    by_shard = logits.unsqueeze(3).masked_fill(~is_own.unsqueeze(2), -torch.inf)
+    return by_shard.softmax(dim=1).nan_to_num().sum(dim=3).mean(dim=2)
 
 
 def running(values: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ class H2OOptions(ObservingOptions):
 
     name: Literal["h2o"] = "h2o"
 
-    def build(self):
+    def build(self, fitted=None):
         return H2OPolicy()
 
 

@@ -10,5 +10,5 @@ class KeepAllOptions(RetentionOptions):
 
     name: Literal["all"] = "all"
 
-    def build(self):
+    def build(self, fitted=None):
         return None

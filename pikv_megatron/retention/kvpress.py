@@ -38,7 +38,7 @@ class KVPressOptions(RetentionOptions):
     needs_scores: ClassVar[bool] = True
     extra: ClassVar[str | None] = "kvpress"
 
-    def build(self):
+    def build(self, fitted=None):
         return KVPressPolicy(_new_press(self.press, dict(self.parameters)))
 
 
@@ -49,6 +49,8 @@ class KVPressPolicy(RetentionPolicy):
         press: a `kvpress.ScorerPress`.
     """
 
+    num_scores = 1
+
     def __init__(self, press: Any):
         self._press = press
         # Presses that look back over a window, or leave out the first tokens, need more than those.
@@ -56,7 +58,7 @@ class KVPressPolicy(RetentionPolicy):
         self._most_too_short = max(needs)
 
     def utility(self, stats):
-        return stats.score
+        return stats.score.squeeze(2)
 
     @torch.no_grad()
     def score(self, prompt: Prompt) -> torch.Tensor:

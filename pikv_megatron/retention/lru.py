@@ -21,7 +21,7 @@ class LRUOptions(ObservingOptions):
     def use_threshold(self):
         return self.threshold
 
-    def build(self):
+    def build(self, fitted=None):
         return LRUPolicy()
 
 

@@ -14,7 +14,7 @@ class LRUPlusOptions(LRUOptions):
     name: Literal["lru_plus"] = "lru_plus"
     frequency: float = Field(8.0, ge=0, description="tokens of recency that a use is worth")
 
-    def build(self):
+    def build(self, fitted=None):
         return LRUPlusPolicy(self.frequency)
 
 

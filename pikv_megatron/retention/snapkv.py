@@ -12,7 +12,7 @@ class SnapKVOptions(ObservingOptions):
 
     name: Literal["snapkv"] = "snapkv"
 
-    def build(self):
+    def build(self, fitted=None):
         return SnapKVPolicy()
 
 

@@ -10,7 +10,7 @@ class StreamingOptions(RetentionOptions):
 
     name: Literal["streaming"] = "streaming"
 
-    def build(self):
+    def build(self, fitted=None):
         return StreamingPolicy()
 
 

@@ -8,6 +8,7 @@ Legend: n sequences, N shards.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 
@@ -46,7 +47,14 @@ class KVRouter(ABC):
 
 
 class RouterOptions(Options):
-    """Parameters of a router."""
+    """Parameters of a router.
+
+    Attributes:
+        expert_source: whose experts say what shards are worth, `moe` or `previous` of
+            `GateOptions.source`; None: no one's.
+    """
+
+    expert_source: ClassVar[str | None] = None
 
     @abstractmethod
     def build(self, num_slots: int, num_shards: int, device: torch.device) -> KVRouter | None:

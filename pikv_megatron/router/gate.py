@@ -3,7 +3,7 @@
 Legend: n sequences, N shards.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -16,11 +16,19 @@ class GateOptions(RouterOptions):
     """Parameters of a router over shard logits."""
 
     k: int = Field(2, ge=1, description="shards to visit")
-    source: Literal["relevance"] = Field(
-        "relevance", description="logits of the shards: page scores summed per shard"
+    source: Literal["relevance", "moe", "previous"] = Field(
+        "relevance", description="logits of the shards: `relevance`, page scores summed per shard; "
+        "`moe`, what the layer's MoE router makes of the attention's input; `previous`, experts "
+        "that the MoE layer before chose; these two where shards belong to experts"
     )
 
-    needs_sketch: ClassVar[bool] = True
+    @property
+    def needs_sketch(self) -> bool:
+        return self.source == "relevance"
+
+    @property
+    def expert_source(self) -> str | None:
+        return None if self.source == "relevance" else self.source
 
 
 class GateRouter(KVRouter):

@@ -13,6 +13,10 @@ class LoadBalancedOptions(GateOptions):
     name: Literal["load_balanced"] = "load_balanced"
     alpha: float = Field(0.5, ge=0, description="nats a unit of load, the mean over shards")
 
+    @property
+    def needs_sketch(self) -> bool:
+        return True  # pages are counted, whoever says what they are worth
+
     def build(self, num_slots, num_shards, device):
         return LoadBalancedRouter(self.k, new_counts(num_slots, num_shards, device), self.alpha)
 

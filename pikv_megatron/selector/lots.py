@@ -9,12 +9,10 @@ import torch
 STEPS = (30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)  # of SplitMix64
 
 
-def lots(seed: int, *numbers: int | torch.Tensor) -> torch.Tensor:
-    """Uniform in [0, 2^31), int64, in the shape that the integers of `numbers` have together."""
-    state = torch.tensor(seed, dtype=torch.int64)
+def lots(seed: int, *numbers: torch.Tensor) -> torch.Tensor:
+    """Uniform in [0, 2^31), int64, in the shape that `numbers`, int64, have together."""
+    state = _mixed(torch.full_like(numbers[0], seed))
     for number in numbers:
-        if isinstance(number, torch.Tensor):
-            state = state.to(number.device)
         state = _mixed(state + number)
     return (state >> 33) & 0x7FFFFFFF
 

@@ -36,7 +36,7 @@ class SampledOptions(SelectorOptions):
         0.05, gt=0, lt=1, description="error of the softmax's denominator, relative, in any head"
     )
     delta: float = Field(0.1, gt=0, lt=1, description="how often it may be larger")
-    seed: int = Field(0, ge=0, description="of the sample")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the sample")
 
     needs_sketch: ClassVar[bool] = True
     samples: ClassVar[bool] = True
@@ -64,7 +64,8 @@ class SampledSelector(BudgetSelector):
         is_left = ask.is_left(columns)
         num_left = is_left.sum(dim=1, keepdim=True)
         wanted = self._num_wanted(ask, is_left, num_left)
-        lot = lots(self._seed, ask.layer, ask.positions.unsqueeze(1), ask.newest)
+        seed = self._seed << 16 | ask.layer
+        lot = lots(seed, ask.positions.unsqueeze(1), ask.newest)
         order = lot.masked_fill(~is_left, torch.iinfo(lot.dtype).max).argsort(dim=1, stable=True)
         place = torch.arange(order.shape[1], device=order.device)
         drawn = torch.where(place < wanted, order, -1)

@@ -4,6 +4,8 @@ Legend: sq new tokens, b rows of the batch, t tokens of them that are real, np q
 heads, w_v width of a cached value, h hidden size.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +22,7 @@ UNSUPPORTED = {
 }
 
 
-class CachedAttention:
+class CachedAttention(ABC):
     """Mixed into a Megatron-Core attention, whose parameters stay the same.
 
     In training, without a context, or with any other context it is the stock layer.
@@ -55,22 +57,25 @@ class CachedAttention:
         plan = context.step(self.layer_number, hidden_states)
         sq, b = hidden_states.shape[:2]
         layer = context.layers[self.layer_number]
+        if layer.expert_source is not None:
+            experts = self.expert_shares(hidden_states, context, layer.expert_source)
+            layer.weigh_shards(by_row(experts.view(sq, b, -1), plan.num_tokens))
         output = self._attend(hidden_states, rotary_pos_emb, context, plan, layer).flatten(1)
         if plan.num_tokens < sq * b:
             output = F.pad(output, (0, 0, 0, sq * b - plan.num_tokens))
         output = output.unsqueeze(1) if b == 1 else output.view(b, sq, -1).transpose(0, 1)
         return self.linear_proj(output)
 
+    @abstractmethod
     def _attend(
         self, hidden_states: torch.Tensor, rotary_pos_emb, context: PiKVInferenceContext,
         plan: StepPlan, layer: LayerCache,
     ) -> torch.Tensor:
         """Attention of a step's tokens: [sq, b, h] -> [t, np, width]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value_outputs(self) -> torch.Tensor:
         """[ng, np / ng, w_v, h]: what the layer makes of a cached value in each head."""
-        raise NotImplementedError
 
 
 def by_row(x: torch.Tensor, num_tokens: int) -> torch.Tensor:

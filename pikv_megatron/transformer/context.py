@@ -14,6 +14,7 @@ from pydantic import ByteSize
 from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.layer_cache import LayerCache
+from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.sliding_cache import SlidingCache
@@ -26,6 +27,7 @@ from pikv_megatron.parallel.allgather import AllGatherDispatcher
 from pikv_megatron.parallel.alltoall import AllToAllDispatcher
 from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
 from pikv_megatron.sketch.none import NoSketchOptions
+from pikv_megatron.transformer.calibrated_model import check_calibrated_model
 from pikv_megatron.transformer.layer_shapes import layer_shapes
 
 STEP_OP = "pikv_step"
@@ -68,16 +70,33 @@ class PiKVInferenceContext(StaticInferenceContext):
         self._driven = False
         self._rotary_table: tuple[torch.Tensor, float] | None = None
         self.layers = {spec.number: self._new_layer(spec) for spec in specs}
+        sources = [layer.expert_source for layer in self.layers.values()]
+        self.keeps_last_experts = "previous" in sources
+        self.last_experts: torch.Tensor | None = None
 
     @classmethod
     def for_model(
         cls, model: GPTModel, config: PiKVConfig, max_batch_size: int, max_sequence_length: int,
         ep_group=None,
     ) -> "PiKVInferenceContext":
-        """The context of a model; by default over the model's own expert-parallel group."""
+        """The context of a model; by default over the model's own expert-parallel group.
+
+        Raises:
+            ValueError: the configuration does not fit the model, or the calibration is of another.
+        """
+        if config.calibration is not None:
+            check_calibrated_model(config.calibration, model)
+        specs = config.resolve(layer_shapes(model))
+        for spec, layer in zip(specs, model.decoder.layers):
+            source = spec.options.router.expert_source
+            if source is not None and not hasattr(layer.mlp, "router"):
+                raise ValueError(
+                    f"router.source {source}: layer {spec.number - 1} has no experts; give it "
+                    "`router: all` under `layers`"
+                )
         group = model.pg_collection.ep if ep_group is None else ep_group
         return cls(
-            max_batch_size, max_sequence_length, config, config.resolve(layer_shapes(model)),
+            max_batch_size, max_sequence_length, config, specs,
             group if group.size() > 1 else None,
             model.config.moe_token_dispatcher_type == "allgather",
         )
@@ -232,6 +251,7 @@ class PiKVInferenceContext(StaticInferenceContext):
             assert not held, f"finished sequences still hold tokens: slots {held}"
 
     def _new_plan(self, rows_by_rank: RowsByRank, device: torch.device) -> StepPlan:
+        self.last_experts = None
         return StepPlan(
             rows_by_rank, self.rank, self.max_batch_size, self.layout, self.footprint, device,
             self._pads_evenly,
@@ -299,7 +319,8 @@ class PiKVInferenceContext(StaticInferenceContext):
         )
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,
-            self.keeps_experts > 1, self.max_sequence_length,
+            self.keeps_experts > 1, Pinned.of(self.pikv_config.pinned, self.footprint),
+            self.max_sequence_length,
         )
         directory = None
         if not isinstance(spec.options.sketch, NoSketchOptions):

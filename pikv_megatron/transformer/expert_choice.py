@@ -42,7 +42,7 @@ def choose_experts(router: TopKRouter, hidden_states: torch.Tensor) -> ExpertCho
     """
     if not _is_plain(router):
         return ExpertChoice.of(router(hidden_states)[0], router.topk)
-    logits = _logits(router, hidden_states.flatten(0, 1))
+    logits = router_logits(router, hidden_states.flatten(0, 1))
     if router.score_function == "sigmoid":
         choice = _by_sigmoid(router, logits)
     elif router.config.moe_router_pre_softmax:
@@ -73,7 +73,7 @@ def _is_plain(router: TopKRouter) -> bool:
     )
 
 
-def _logits(router: TopKRouter, tokens: torch.Tensor) -> torch.Tensor:
+def router_logits(router: TopKRouter, tokens: torch.Tensor) -> torch.Tensor:
     """[t, E], in the type that the configuration names."""
     wanted = {"fp32": torch.float32, "fp64": torch.float64}
     dtype = wanted.get(router.config.moe_router_dtype, tokens.dtype)

@@ -61,15 +61,16 @@ class LeanMoELayer(MoELayer):
         if context.decode_counts is None:
             self.lean_experts.check()
         shared = self.shared_experts_compute(hidden_states)
-        if self.token_dispatcher.ep_size * self.token_dispatcher.tp_size == 1:
-            self.choice = choose_experts(self.router, hidden_states)
-            output = self.lean_experts.chosen_outputs(hidden_states.flatten(0, 1), self.choice)
-        elif most := self._most_exchanged(context):
-            self.choice = choose_experts(self.router, hidden_states)
-            tokens = hidden_states.flatten(0, 1)
-            output = exchanged_output(self.lean_experts, tokens, self.choice, most, self.ep_group)
-        else:
+        is_alone = self.token_dispatcher.ep_size * self.token_dispatcher.tp_size == 1
+        most = 0 if is_alone else self._most_exchanged(context)
+        if not (is_alone or most):
             return self._dispatched(hidden_states, shared), None
+        self.choice = choose_experts(self.router, hidden_states)
+        tokens = hidden_states.flatten(0, 1)
+        if is_alone:
+            output = self.lean_experts.chosen_outputs(tokens, self.choice)
+        else:
+            output = exchanged_output(self.lean_experts, tokens, self.choice, most, self.ep_group)
         output = output.view(hidden_states.shape)
         return (output if shared is None else output + shared), None
 

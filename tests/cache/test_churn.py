@@ -18,11 +18,12 @@ class Churn(RuleBasedStateMachine):
         page_size=st.integers(1, 5), window=st.integers(0, 6), shards=st.sampled_from([1, 4]),
         retention=st.sampled_from(["all", "h2o", "streaming"]),
         selector=st.sampled_from(["all", "budget", {"name": "mass", "tail": "mean"}]),
+        pinned=st.sampled_from([0, 0, 17]),
     )
-    def start_context(self, page_size, window, shards, retention, selector):
+    def start_context(self, page_size, window, shards, retention, selector, pinned):
         config = PiKVConfig(page_size=page_size, window=window, token_shards=shards, num_sinks=2,
                             flush_interval=2, sketch="bounding_box", retention=retention,
-                            selector=selector)
+                            selector=selector, pinned=pinned)
         self.context = new_context(config, 4, 200)
         self.layer = self.context.layers[1]
         self.live = []
@@ -66,6 +67,8 @@ class Churn(RuleBasedStateMachine):
             stored = store.positions(s.slot).sort().values
             if store.retention is None:
                 assert torch.equal(stored, torch.arange(2, max(2, s.flushed)).int())
+            pinned = torch.arange(2, max(2, min(self.context.pikv_config.pinned, s.flushed)))
+            assert torch.isin(pinned.int(), stored).all(), "a pinned token was dropped"
             owned, noted = (t.pages_of(s.slot) for t in (store.table, directory.table))
             assert torch.equal(store.pool.shard[owned].long(), directory.shard[noted])
             keys = store.pool.kv.keys[:, owned]

@@ -54,7 +54,7 @@ def test_attention_is_that_over_the_restored_pages_and_the_buffers(
     keys = dense[0].repeat_interleave(2, dim=0)[:, 0, : mask.sum()]
     logits = torch.einsum("qhw,htw->qht", query[0], keys) * 0.25
     weights = logits.softmax(2)
-    by_page = codec.page_logits(query[:, 0], sealed, 0.25, torch.tensor([1]))
+    by_page = codec.page_logits(query[:, 0], [sealed], 0.25, torch.tensor([1]))
     for column, first in ((0, 0), (2, S)):
         share = weights[:, :, first : first + S].sum(2)
         torch.testing.assert_close(mass[0, :, :, column], share, atol=1e-5, rtol=1e-4)

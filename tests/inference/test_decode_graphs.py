@@ -20,6 +20,8 @@ METHODS = [
     {},
     {"sketch": "bounding_box", "selector": {"name": "budget", "share": 0.5, "tail": "mean"}},
     {"sketch": "mean_key", "selector": {"name": "mass", "share": 0.9}},
+    {"selector": {"name": "certified", "tolerance": 0.3}, "codec": {"format": "int4"}},
+    {"sketch": "bounding_box", "selector": {"name": "sampled", "epsilon": 0.3}},
     {"codec": {"format": "int4"}, "retention": "streaming",
      "budget": {"name": "pages", "pages": 9}},
 ]
@@ -85,7 +87,9 @@ def tokens_of(engine: Engine) -> dict[int, list[int]]:
     raise AssertionError("sequences do not end")
 
 
-@pytest.mark.parametrize("methods", METHODS, ids=["lossless", "budget", "mass", "packed"])
+@pytest.mark.parametrize("methods", METHODS, ids=[
+    "lossless", "budget", "mass", "certified", "sampled", "packed",
+])
 def test_replayed_steps_are_those_that_were_not_recorded(one_rank, methods):
     pikv = PiKVConfig(**FIELDS, **methods)
     model = build(one_rank, pikv)

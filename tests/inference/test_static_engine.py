@@ -1,10 +1,12 @@
 """Megatron's own static engine drives a PiKV model."""
 
+from pathlib import Path
+
 import pytest
-from parity_models import VOCAB, build, plain_logits
+from parity_models import VOCAB, build, draw_weights, plain_logits
 from ranks import run_ranks
 from static_engine import Numbers, engine_tokens
-from test_methods import METHODS
+from test_methods import METHODS, calibration, config_of
 
 from pikv_megatron import PiKVConfig, PiKVForCausalLM, PiKVInferenceContext, process_groups
 
@@ -26,7 +28,7 @@ def generate(expert_parallel_size: int) -> list[bool]:
         return [engine_tokens(model, context, PROMPTS, VOCAB) == expected for _ in range(2)]
 
 
-def generate_with_methods(expert_parallel_size: int) -> dict[str, bool]:
+def generate_with_methods(expert_parallel_size: int, file: Path) -> dict[str, bool]:
     """Whether the engine's tokens are those of our own `generate`, for prompts of one length.
 
     Token 0, its beginning of a text, would be dropped by the engine.
@@ -39,8 +41,9 @@ def generate_with_methods(expert_parallel_size: int) -> dict[str, bool]:
             sizes = dict(
                 shard_after=0, page_size=4, window=4, num_sinks=1, flush_interval=2, token_shards=4
             )
-            config = PiKVConfig(**sizes | fields)
+            config = config_of(fields, file, sizes)
             model = build(pg, config)
+            draw_weights(model, pg.ep.rank())
             context = PiKVInferenceContext.for_model(model, config, 4, 64)
             tokens = engine_tokens(model, context, texts, VOCAB)
             # Megatron's engine runs every prompt on every rank.
@@ -56,6 +59,6 @@ def test_greedy_tokens_are_those_of_the_model_without_a_cache(num_ranks):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_every_method_acts_under_megatrons_engine(num_ranks):
-    for same in run_ranks(generate_with_methods, num_ranks, num_ranks, timeout=200):
+def test_every_method_acts_under_megatrons_engine(num_ranks, calibration):  # noqa: F811
+    for same in run_ranks(generate_with_methods, num_ranks, num_ranks, calibration, timeout=200):
         assert same == dict.fromkeys(METHODS, True)

@@ -65,6 +65,13 @@ def test_latent_rows(attention, device, payload, value_width):
     check(attention, spec, device)
 
 
+@pytest.mark.parametrize("payload", ["float32", "float8", "int8", "int4", "int2"])
+def test_keys_alone(attention, device, payload):
+    """Where pages are judged by their keys, values are one channel of them."""
+    lists = (ListSpec(payload, 16, 20, 2, 1), ListSpec(payload, 64, 3, 2, 1, has_bias=True))
+    check(attention, CaseSpec(2, 1, 2, 4, 64, 1, torch.float32, lists, is_shared=True), device)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's products")
 def test_padding_is_not_gone_through(attention, device, monkeypatch):
     """Tiles of 4 pages: 10 + 1 + 0 + 1 of them hold what four sequences read, not 4 * 10; the last

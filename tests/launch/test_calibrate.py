@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from launcher import launch
-from tiny_directory import save_tiny_mixtral
+from safetensors.torch import save_file
+from tiny_directory import EOS, save_tiny_mixtral
 
-from pikv_megatron import PiKVConfig
+from pikv_megatron import PiKVConfig, PiKVInferenceContext, pikv_layer_spec, process_groups
+from pikv_megatron.calibration import run
 from pikv_megatron.calibration.options import parse_allocation, parse_options
-from pikv_megatron.codec.calibration import load_moments
+from pikv_megatron.calibrated import load_calibrated
+from pikv_megatron.checkpoint.huggingface import load_huggingface
+from pikv_megatron.codec.calibration import read_moments
 from pikv_megatron.layer_spec import LayerShape
+from pikv_megatron.retention.scorer import HIDDEN
 from pikv_megatron.types import KVShape
 
 PROGRAM = Path(__file__).parents[2] / "launch/calibrate.py"
@@ -48,14 +53,70 @@ def test_one_rank_and_two_find_the_same(folder):
     assert "2 layers, 256 tokens" in alone.stdout
     pair = launch(PROGRAM, *arguments(folder, "--output", str(files[1])), timeout=240)
     assert pair.returncode == 0, pair.stderr
-    one, two = (load_moments(file, [KV, KV]) for file in files)
-    for ours, theirs in zip(one, two):
-        for mine, other in zip(ours, theirs):
-            assert mine.count == other.count == 4 * 63
-            for part, same in zip(mine, other):
-                torch.testing.assert_close(part, same, rtol=1e-4, atol=1e-4)
-            assert torch.linalg.eigvalsh(mine.metric).min() > -1e-4
-    check_configuration(files[0], one)
+    one, two = (load_calibrated(file) for file in files)
+    assert one.manifest == two.manifest and one.manifest["model"] == "model"
+    assert one.manifest["settings"]["recall"] == 0.5 and one.manifest["rotary"] == "halves"
+    for number in range(2):
+        assert one.layers[number].keys() == two.layers[number].keys()
+        for name, part in one.layers[number].items():
+            torch.testing.assert_close(part, two.layers[number][name], rtol=1e-4, atol=1e-4)
+    moments = [read_moments(files[0], number, one.layers[number], KV) for number in range(2)]
+    for mine in (part for layer in moments for part in layer):
+        assert mine.count == 4 * 63 and torch.linalg.eigvalsh(mine.metric).min() > -1e-4
+    check_configuration(files[0], moments)
+    check_it_is_this_model(folder / "model", files[0])
+
+
+def check_it_is_this_model(model: Path, file: Path) -> None:
+    """A fine-tuned model has the same shapes."""
+    pikv = PiKVConfig(calibration=file)
+    with process_groups(expert_parallel_size=1) as groups:
+        loaded = load_huggingface(
+            model, groups, torch.bfloat16, spec_transform=lambda spec: pikv_layer_spec(spec, pikv)
+        )
+        PiKVInferenceContext.for_model(loaded, pikv, 1, 64)
+        loaded.decoder.layers[1].self_attention.linear_proj.weight.data *= 1.1
+        with pytest.raises(ValueError, match="made of the model 'model', and layer 1 of this one"):
+            PiKVInferenceContext.for_model(loaded, pikv, 1, 64)
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(folder, monkeypatch):
+    monkeypatch.setattr(run, "EVERY", 2)
+    options = parse_options(arguments(folder, "--output", str(folder / "x"), "--windows", "7"))
+    unfinished = folder / "x.unfinished"
+
+    def stop(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with process_groups(expert_parallel_size=1) as groups:
+        model = load_huggingface(
+            options.model, groups, torch.float32,
+            spec_transform=lambda spec: pikv_layer_spec(spec, PiKVConfig()),
+        ).eval()
+        fields = model, options.ids, EOS + 1, options.manifest
+        whole = run.calibrate(*fields)
+        with pytest.raises(KeyboardInterrupt):
+            run.calibrate(*fields, unfinished, stop)
+        told = []
+        resumed = run.calibrate(*fields, unfinished, lambda done, total: told.append(done))
+        assert told == [5, 6, 7], "what was written down was done again"
+        for number, layer in whole.items():
+            assert all(torch.equal(part, resumed[number][name]) for name, part in layer.items())
+        others = *fields[:3], {**options.manifest, "data_sha256": "other"}
+        with pytest.raises(ValueError, match="model 'model' is there, made with other data_"):
+            run.calibrate(*others, unfinished)
+
+
+def test_what_is_expected_is_found(folder):
+    """Heads that see everything alike have their share of far tokens, and the scorer learns."""
+    layers = load_calibrated(folder / "one.safetensors").layers
+    for layer in layers.values():
+        assert (layer["heads.far"] >= 0).all() and (layer["heads.far"] < 1).all()
+        spectrum = torch.linalg.eigvalsh(layer["queries.covariance"])
+        assert layer["queries.mean"].shape == (4, 8) and spectrum.min() > -1e-5
+        assert layer["scorer.first"].shape == (2, 16, HIDDEN)
+        assert layer["rotary.angles"].shape == (8,) and layer["rotary.angles"][0] == 1
 
 
 def check_configuration(file: Path, layers) -> None:
@@ -68,6 +129,10 @@ def check_configuration(file: Path, layers) -> None:
         assert shift.shape[0] == 1 and torch.equal(shift[0], layer.keys.mean)
     with pytest.raises(ValueError, match="layer 0 has 2 KV heads of keys of width 4"):
         config.resolve([LayerShape(KV._replace(key_width=4), 4, 0.3)])
+    old = file.with_name("old.safetensors")
+    save_file({"0.keys.mean": torch.zeros(2, 8)}, old)
+    with pytest.raises(ValueError, match="old.safetensors: it has no manifest: make it with"):
+        PiKVConfig(calibration=old).resolve([LayerShape(KV, 4, 0.3)])
     missing = PiKVConfig(calibration=file.with_name("none.safetensors"))
     with pytest.raises(ValueError, match="calibration .*none.safetensors: cannot read it"):
         missing.resolve([LayerShape(KV, 4, 0.3)])
@@ -75,8 +140,9 @@ def check_configuration(file: Path, layers) -> None:
 
 @pytest.mark.parametrize("more, named", [
     (["--length", "300"], "--length 300 exceeds"), (["--text", "/nowhere"], "--text /nowhere"),
-    (["--windows", "99", "--text", __file__], "--windows 99: the text has"),
+    (["--windows", "999", "--text", __file__], "--windows 500: the text has"),
     (["--output", "/nowhere/x"], "--output /nowhere/x: cannot write"),
+    (["--recall", "2"], "argument --recall: must be between 0 and 1, got 2"),
 ])
 def test_bad_options_are_refused(folder, more, named):
     output = [] if "--output" in more else ["--output", str(folder / "x")]

@@ -13,7 +13,7 @@ from pikv_megatron import PiKVConfig, process_groups
 SIZES = dict(window=4, num_sinks=2, flush_interval=3, shard_after=0, token_shards=4, page_size=4)
 CACHES = {
     "boxes": dict(sketch="bounding_box"),
-    "keys, gathered": dict(sketch="keys", codec={"format": "int8"}, dispatcher="allgather"),
+    "keys, gathered": dict(sketch="keys", dispatcher="allgather"),
     "transformed": dict(sketch="keys", codec={"transform": "fastv"}),
 }
 EPSILON, COUNTS = 0.1, (60, *[1] * 9)

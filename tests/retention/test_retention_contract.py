@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from calibrations import drawn_calibration
 from layer_caches import SHAPE
 
 from pikv_megatron import PiKVConfig
+from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.options import members
 from pikv_megatron.retention.adakv import AdaKVOptions
 from pikv_megatron.retention.budget import PagesBudget, RetentionBudget, ShareBudget
@@ -33,14 +35,14 @@ def drawn_stats(num_sequences: int = 4, num_columns: int = 9) -> PageStats:
         mass, seen, observed=torch.where(seen > 0, mass[..., 0], -1.0),
         last_used=newest + torch.randint(-9, 9, shape, generator=generator),
         uses=torch.rand(shape, generator=generator) * seen,
-        score=torch.rand(shape, generator=generator),
+        score=torch.rand(*shape, 1, generator=generator),
     )
 
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("limit", [0, 1, 4, 100])
 def test_as_many_pages_stay_as_the_limit_says(name, limit):
-    policy, stats = POLICIES[name]().build(), drawn_stats()
+    policy, stats = POLICIES[name]().build(drawn_calibration()), drawn_stats()
     if policy is None:
         return
     drop = policy.drop(stats, torch.full((4, 2), limit))
@@ -53,7 +55,7 @@ def test_as_many_pages_stay_as_the_limit_says(name, limit):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_a_shard_keeps_does_not_depend_on_the_others_of_its_rank(name):
-    policy, both = POLICIES[name]().build(), drawn_stats()
+    policy, both = POLICIES[name]().build(drawn_calibration()), drawn_stats()
     if policy is None:
         return
     together = policy.drop(both, torch.full((4, 2), 2))
@@ -111,6 +113,22 @@ def test_adakv_keeps_the_fewest_pages_that_hold_the_target():
 
     assert kept(0.5) == [2, 4] and kept(0.6) == [0, 2, 4] and kept(0.9) == [0, 1, 2, 4]
     assert kept(1.0) == [0, 1, 2, 3, 4] and kept(1.0, limit=2) == [2, 4]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_pinned_pages_stay_and_fill_the_budget_first(name):
+    policy, stats = POLICIES[name]().build(drawn_calibration()), drawn_stats()
+    if policy is None:
+        return
+    oldest, limit = stats.newest - 3, torch.full((4, 2), 2)
+    others, left = Pinned(num_tokens=40, most_pages=9).set_aside(stats, oldest, limit)
+    drop = policy.drop(others, left)
+    is_pinned = stats.is_page & (oldest < 40)
+    assert is_pinned.any() and not (drop & is_pinned).any()
+    for shard in range(2):
+        is_own = stats.is_page & (stats.shard == shard)
+        kept, pinned = (is_own & ~drop).sum(1), (is_own & is_pinned).sum(1)
+        assert (kept <= pinned.clamp(min=2)).all()
 
 
 @pytest.mark.parametrize("name", BUDGETS)

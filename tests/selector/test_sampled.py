@@ -69,8 +69,9 @@ def test_a_page_draws_its_lot_wherever_it_is_listed():
 
 def test_lots_are_uniform_and_belong_to_what_they_are_for():
     columns = torch.arange(4096)
-    one, other = lots(0, 1, columns), lots(0, 2, columns)
-    for drawn_lots in (one, other, lots(1, 1, columns)):
+    first, second = torch.tensor(1), torch.tensor(2)
+    one, other = lots(0, first, columns), lots(0, second, columns)
+    for drawn_lots in (one, other, lots(1, first, columns)):
         share = drawn_lots.double() / 2**31
         assert 0 <= share.min() and share.max() < 1 and abs(share.mean() - 0.5) < 0.02
         assert len(drawn_lots.unique()) > 4090

@@ -1,15 +1,10 @@
 """DeepSeek-V3 and what has its shape: sigmoid scores with a bias, groups, leading dense layers."""
 
-from pikv_megatron.checkpoint.families.base import (
-    TensorNames,
-    expert_groups,
-    leading_dense_layers,
-    sigmoid_router,
-)
-from pikv_megatron.checkpoint.families.latent import LatentFamily, shared_experts, written_latent
+from pikv_megatron.checkpoint.families.base import leading_dense_layers
+from pikv_megatron.checkpoint.families.latent_sigmoid import LatentSigmoidFamily
 
 
-class DeepseekV3(LatentFamily):
+class DeepseekV3(LatentSigmoidFamily):
     """DeepSeek-V3, R1, V3.1, Kimi K2, Moonlight."""
 
     name = "deepseek_v3"
@@ -24,26 +19,13 @@ class DeepseekV3(LatentFamily):
         "qk_nope_head_dim": 128, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3,
         "norm_topk_prob": True,
     }
-    has_prediction_layers = True
-    names = TensorNames(expert_bias=("gate.e_score_correction_bias",) * 2)
 
-    def experts(self, fields):
-        return {
-            **shared_experts(fields),
-            **sigmoid_router(fields, "routed_scaling_factor"),
-            **expert_groups(fields),
-            **leading_dense_layers(fields),
-        }
+    def dense_layers(self, fields):
+        return leading_dense_layers(fields)
+
+    def written_dense_layers(self, architecture):
+        return {"first_k_dense_replace": len(architecture.dense_layers)}
 
     def refuse_unsupported(self, fields):
         super().refuse_unsupported(fields)
-        fields.refuse("norm_topk_prob", True, "sigmoid scores are always normalised, set it true")
         fields.refuse("scoring_func", "sigmoid", "only sigmoid scores are")
-        fields.refuse("topk_method", "noaux_tc", "experts are chosen with a bias, noaux_tc")
-
-    def write(self, architecture):
-        return {
-            **written_latent(architecture),
-            "first_k_dense_replace": len(architecture.dense_layers),
-            "norm_topk_prob": True,
-        }

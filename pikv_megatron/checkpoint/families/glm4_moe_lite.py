@@ -1,16 +1,10 @@
 """GLM-4.7-Flash: DeepSeek-V3's attention and router, dense layers that are listed."""
 
-from pikv_megatron.checkpoint.families.base import (
-    TensorNames,
-    expert_groups,
-    listed_dense_layers,
-    sigmoid_router,
-    written_mlp_layer_types,
-)
-from pikv_megatron.checkpoint.families.latent import LatentFamily, shared_experts, written_latent
+from pikv_megatron.checkpoint.families.base import listed_dense_layers, written_mlp_layer_types
+from pikv_megatron.checkpoint.families.latent_sigmoid import LatentSigmoidFamily
 
 
-class Glm4MoeLite(LatentFamily):
+class Glm4MoeLite(LatentSigmoidFamily):
     """GLM-4.7-Flash."""
 
     name = "glm4_moe_lite"
@@ -23,25 +17,9 @@ class Glm4MoeLite(LatentFamily):
         "kv_lora_rank": 512, "q_lora_rank": 768, "qk_rope_head_dim": 64, "v_head_dim": 256,
         "qk_nope_head_dim": 192, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
     }
-    has_prediction_layers = True
-    names = TensorNames(expert_bias=("gate.e_score_correction_bias",) * 2)
 
-    def experts(self, fields):
-        return {
-            **shared_experts(fields),
-            **sigmoid_router(fields, "routed_scaling_factor"),
-            **expert_groups(fields),
-            **listed_dense_layers(fields),
-        }
+    def dense_layers(self, fields):
+        return listed_dense_layers(fields)
 
-    def refuse_unsupported(self, fields):
-        super().refuse_unsupported(fields)
-        fields.refuse("norm_topk_prob", True, "sigmoid scores are always normalised, set it true")
-        fields.refuse("topk_method", "noaux_tc", "experts are chosen with a bias, noaux_tc")
-
-    def write(self, architecture):
-        return {
-            **written_latent(architecture),
-            "mlp_layer_types": written_mlp_layer_types(architecture),
-            "norm_topk_prob": True,
-        }
+    def written_dense_layers(self, architecture):
+        return {"mlp_layer_types": written_mlp_layer_types(architecture)}

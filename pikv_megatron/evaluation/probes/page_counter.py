@@ -99,11 +99,20 @@ def page_bytes(pages: KVPages) -> int:
 def _judged_bytes(layer: LayerCache) -> torch.Tensor:
     """What pages are judged by in a step: what home remembers of them, or their keys here."""
     directory, store = layer.directory, layer.store
-    if directory.asks_owners:
-        pages = store.pool.kv
-        tensors, table = [pages.keys, pages.key_scale, pages.key_zero], store.table
-        room = len(store.pool.position)
-    else:
-        tensors, table, room = directory.sketch, directory.table, len(directory.shard)
-    read = [t for t in tensors if isinstance(t, torch.Tensor)]
-    return table.count.sum() * (sum(t.nbytes for t in read) // room)
+    if not directory.asks_owners:
+        read = [t for t in directory.sketch if isinstance(t, torch.Tensor)]
+        page_bytes = sum(t.nbytes for t in read) // len(directory.shard)
+        return directory.table.count.sum() * page_bytes
+    slots = torch.arange(store.num_slots, device=store.table.count.device)
+    every = store.table.is_page(slots, int(store.table.count.max()))
+    pages = torch.where(every, store.table.page[:, : every.shape[1]], store.pool.null_page)
+    return sum(
+        (listed.lens > 0).sum() * _key_bytes(listed.pages)
+        for listed in store.pool.lists(PageList(store.pool.kv, pages, every.int()))
+    )
+
+
+def _key_bytes(pages: KVPages) -> int:
+    """Of the keys of one page as they are stored, scales included."""
+    keys = [t for t in (pages.keys, pages.key_scale, pages.key_zero) if t is not None]
+    return sum(t.nbytes for t in keys) // pages.keys.shape[1]

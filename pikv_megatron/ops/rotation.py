@@ -46,3 +46,16 @@ class Rotation:
         if self._is_interleaved:
             return x.unflatten(-1, (-1, 2)).transpose(-1, -2)
         return x.unflatten(-1, (2, -1))
+
+
+def unrotated(
+    heads: torch.Tensor, positions: torch.Tensor, angles: torch.Tensor, is_interleaved: bool
+) -> torch.Tensor:
+    """Heads [t, groups, hn] that were rotated at positions [t], turned back.
+
+    Args:
+        angles: [w], of position 1: they grow evenly.
+    """
+    back = -positions.to(torch.float32)[:, None, None] * angles.to(torch.float32)
+    rotation = Rotation(back, 1.0, is_interleaved, heads.dtype)
+    return rotation.apply(heads.unsqueeze(2)).squeeze(2)

@@ -1,0 +1,1 @@
+"""What is summed up of every layer while text streams through a model, one thing a file."""

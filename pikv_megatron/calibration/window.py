@@ -1,0 +1,73 @@
+"""A window of text in one layer, as its cache comes to know it.
+
+Legend: t tokens, np query heads, ng KV heads, g = np / ng, w width of a cached key, w_r rotated
+channels.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_megatron.types import KVShape
+
+# What a stream window would hold anyway: the first tokens, and those just before a query.
+SINKS = 4
+NEAR = 64
+_QUERIES = 256  # of which all weights are held at once
+
+
+class FarAttention(NamedTuple):
+    """What queries see beyond the first tokens and their neighbours.
+
+    Attributes:
+        share: [np], of a query's attention, mean over those that have anything there.
+        peak: [ng, t], largest share that any query so far away gave a token, over a group's heads.
+    """
+
+    share: Tensor
+    peak: Tensor
+
+
+@dataclass
+class LayerWindow:
+    """One window.
+
+    Attributes:
+        number: of the window, from 0.
+        kv: what is cached of a token.
+        query: [t, np, w], rotated.
+        key: [t, ng, w], rotated.
+        value: [t, ng, w_v].
+        softmax_scale: factor on the logits.
+        angles: [w_r], by which a token is turned further than the one before it; None: unknown.
+        is_interleaved: channels 2 i and 2 i + 1 are a pair, else i and i + w_r / 2.
+    """
+
+    number: int
+    kv: KVShape
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    softmax_scale: float
+    angles: Tensor | None
+    is_interleaved: bool
+
+    @cached_property
+    def far(self) -> FarAttention:
+        """Of this window."""
+        num_tokens, num_groups = self.key.shape[:2]
+        place = torch.arange(num_tokens, device=self.key.device)
+        shares, peaks = [], self.key.new_zeros(num_groups, num_tokens, dtype=torch.float32)
+        for first in range(0, num_tokens, _QUERIES):
+            at = place[first : first + _QUERIES, None]
+            query = self.query[first : first + _QUERIES].float().unflatten(1, (num_groups, -1))
+            logits = torch.einsum("qngw,knw->ngqk", query, self.key.float()) * self.softmax_scale
+            weights = logits.masked_fill_(place > at, -torch.inf).softmax(dim=3)
+            is_far = (place >= SINKS) & (place <= at - NEAR)
+            weights = weights * is_far
+            shares.append(weights.sum(dim=3).flatten(0, 1)[:, is_far.any(dim=1)])
+            peaks = torch.maximum(peaks, weights.amax(dim=(1, 2)))
+        return FarAttention(torch.cat(shares, dim=1).mean(dim=1).nan_to_num(), peaks)
