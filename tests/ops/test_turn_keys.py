@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from pikv_megatron.cache.rotation import Rotation
+from pikv_megatron.ops.rotation import Rotation
 from pikv_megatron.ops.turn_keys import angle_table, turn_keys
 
 
