@@ -28,6 +28,7 @@ from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_choice import StepChoice, choose
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.stream_window import StreamWindow
+from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.causal_attention import causal_attention
 from pikv_megatron.ops.decode_attention import decode_attention
@@ -55,6 +56,7 @@ class LayerCache:
         on_bound: told of [n, np], the shares of a step's attention that are not read, at most; to
             be set where the selector certifies only. None: nobody asks.
         on_attend: told of every step's query, key and value, as they are cached; None: nobody asks.
+        on_leave: told of the tokens that leave the window, as computed; None: nobody asks.
         peers: layers, in order, that keep the same pages, this one among them; none: it keeps its
             own.
     """
@@ -76,6 +78,7 @@ class LayerCache:
         self._dispatcher = dispatcher
         self._placement = placement
         self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+        self.on_leave: Callable[[TokenBlock], None] | None = None
         self.on_bound: Callable[[torch.Tensor], None] | None = None
         self._wire = spec.options.codec.wire(spec.kv)
         self._chunk: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -431,6 +434,8 @@ class LayerCache:
         block = leaving_tokens(
             self.window, self._chunk, flush, self._placement, experts, self._scores
         )
+        if self.on_leave is not None:
+            self.on_leave(block)
         if self.directory is not None:
             noted = flush.once("noted", lambda: self.directory.admit(block, flush.num_noted))
             self.directory.note(block, noted)

@@ -139,6 +139,10 @@ def check(
             # A rank that is alone holds what a step gave pages until the next one.
             assert most[0] < planned < 1.01 * most[0], name
             continue
+        if pikv.expert_shards > 1:
+            # Experts are planned to be chosen evenly; where they are not, pools grow.
+            assert max(most) >= planned, name
+            continue
         assert most[0] == max(most) == planned, name
         if name in DECODED:
             check_traffic(name, by_rank[0]["sent"][name], decode_traffic(target, cache)._asdict())
@@ -148,6 +152,12 @@ def check_traffic(name: str, sent: dict[str, float], planned: dict[str, float]) 
     # Sequences that were prefilled later have less to flush at first.
     assert sent.pop("flush") == pytest.approx(planned.pop("flush"), rel=0.15), name
     assert sent == pytest.approx(planned, rel=DECODED[name]), name
+
+
+def check_packing(by_rank: list[dict]) -> None:
+    """Tokens travel in the bits that their pages allow: 112 bytes of numbers instead of 512."""
+    flushed = [sum(x["sent"][name]["flush"] for x in by_rank) for name in ("int4", "lossless")]
+    assert flushed[0] < 0.4 * flushed[1]
 
 
 def check_skipping(by_rank: list[dict]) -> None:
@@ -172,6 +182,7 @@ def test_one_rank_takes_what_is_planned(one_rank):
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_take_and_send_what_is_planned(num_ranks):
     grouped, latent = zip(*run_ranks(run_on_ranks, num_ranks, num_ranks, timeout=280))
+    check_packing(grouped)
     check(grouped, ARCHITECTURE, configs())
     check_skipping(grouped)
     check(latent, LATENT, latent_configs())

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from pikv_megatron.cache.layer_cache import LayerCache
+from pikv_megatron.cache.tokens import TokenBlock
+from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.transformer.context import PiKVInferenceContext
 
 
 class CodecErrors:
-    """Restores every page that this rank seals, and compares.
+    """Restores every page that this rank seals, and compares; and packs what leaves for its shards
+    as it is packed for the journey.
 
     Args:
         context: its stores are observed.
@@ -33,6 +36,16 @@ class CodecErrors:
         )
         for index, store in self._stores.items():
             store.on_seal = partial(self._compare, index)
+            layers[index].on_leave = partial(self._travel, index, layers[index].spec)
+
+    def _travel(self, index: int, spec: LayerSpec, block: TokenBlock) -> None:
+        """Tokens of which some are sealed later: the others, of open buffers, are few."""
+        wire = spec.options.codec.wire(spec.kv)
+        if any(wire):
+            came = block.sent(wire, lambda rows: rows)
+            for side, name in enumerate(spec.kv.heads):
+                off = getattr(came, name).double() - getattr(block, name).double()
+                self.lost[index, side] += off[:, block.slot >= 0].square().sum((1, 2))
 
     def _compare(
         self, index: int, keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor
