@@ -68,10 +68,13 @@ def report_picture(options: CompareOptions, results: Sequence[Result]) -> str:
     points = [
         Point(x.name, x.held_share, 100 * x.average, x.name.startswith("kvpress")) for x in results
     ]
+    whole, *others = points
+    peers = [point for point in others if point.is_peer]
+    own = pareto([point for point in others if not point.is_peer])
     return scatter(
         f"{options.model.name}, {options.length:,} tokens: accuracy against KV bytes",
         "KV bytes held, of those as computed", f"right answers, %: {', '.join(options.tasks)}",
-        [p for p in points if p.is_peer] + pareto([p for p in points if not p.is_peer]),
+        [whole, *peers, *own],
     )
 
 
