@@ -252,8 +252,10 @@ class ShardStore:
             "sealed", None if reads.key is None else (num_columns, reads.key),
             lambda: self._sealed(reads, num_columns),
         )
-        lists = self.pool.lists(sealed)
-        return self._codec.page_logits(query, lists, self._softmax_scale, reads.slots)
+        lists, parts = self.pool.lists(sealed), None
+        if self._codec.num_bases > 1:
+            parts = [self._part(sealed.table)] * len(lists)
+        return self._codec.page_logits(query, lists, self._softmax_scale, reads.slots, parts)
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
         """Count the masses of a prompt's last queries.

@@ -70,12 +70,12 @@ class PiKVInferenceContext(StaticInferenceContext):
         self._driven = False
         self._rotary_table: tuple[torch.Tensor, float] | None = None
         self.layers = {spec.number: self._new_layer(spec) for spec in specs}
-        peers = [layer for layer in self.sharded_layers if layer.store.sums_layers]
-        for layer in peers:
-            layer.peers = peers
         sources = [layer.expert_source for layer in self.layers.values()]
         self.keeps_last_experts = "previous" in sources
         self.last_experts: torch.Tensor | None = None
+        peers = [layer for layer in self.sharded_layers if layer.store.sums_layers]
+        for layer in peers:
+            layer.peers = peers
 
     @classmethod
     def for_model(
