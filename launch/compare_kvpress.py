@@ -26,7 +26,7 @@ def main() -> int:
         results = run(options)
     except ValueError as error:
         return refuse(error)
-    from pikv_megatron.benchmarks.kvpress.report import report_json, report_table
+    from pikv_megatron.benchmarks.kvpress.report import report_json, report_picture, report_table
 
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
@@ -34,6 +34,8 @@ def main() -> int:
     if options.output is not None:
         text = json.dumps(report_json(options, results, command()), indent=2)
         options.output.write_text(text + "\n")
+    if options.picture is not None:
+        options.picture.write_text(report_picture(options, results), encoding="utf-8")
     return 0
 
 

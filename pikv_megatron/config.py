@@ -134,9 +134,12 @@ class PiKVConfig(LayerOptions):
             self._spec_of(number, shape, len(layers), calibrated)
             for number, shape in enumerate(layers)
         )
+        summed = []
         for spec in specs:
             if spec.sliding_window is None:
-                spec.options.retention.build(spec.fitted)
+                policy = spec.options.retention.build(spec.fitted)
+                summed += [spec] if policy is not None and policy.sums_layers else []
+        self._check_summed(summed)
         for spec in {spec.chosen: spec for spec in specs}.values():
             if spec.options.retention.needs_scores and spec.kv.values_in_keys:
                 raise ValueError(
@@ -188,6 +191,27 @@ class PiKVConfig(LayerOptions):
                 )
         return specs
 
+    def _check_summed(self, specs: Sequence[LayerSpec]) -> None:
+        """Layers whose policy sums over them hold the same pages."""
+        if not specs:
+            return
+        name = specs[0].options.retention.name
+        if self.expert_shards > 1:
+            raise ValueError(
+                f"retention {name} sums over layers, and with expert_shards {self.expert_shards} a "
+                "page holds other tokens in each: use expert_shards 1"
+            )
+        if any(spec.options.codec.transform.ageing is not None for spec in specs):
+            raise ValueError(
+                f"retention {name} sums over layers, and codec.transform pools pages of each by "
+                "itself: leave young out"
+            )
+        if len({spec.options.budget for spec in specs}) > 1:
+            raise ValueError(
+                f"retention {name} keeps the same pages in all layers: give them one budget, share "
+                "or pages"
+            )
+
     def _spec_of(
         self, number: int, shape: LayerShape, num_layers: int, calibrated: Layers
     ) -> LayerSpec:
@@ -197,10 +221,8 @@ class PiKVConfig(LayerOptions):
             return spec
         fitted = calibrated.get(number, {})
         moments = read_moments(self.calibration, number, fitted, shape.kv)
-        # Single numbers stay where the host can read them.
-        fitted = {
-            name: part.to(shape.kv.device) if part.dim() else part for name, part in fitted.items()
-        }
+        if shape.kv.device.type != "meta":  # a planner asks what was fitted, and computes nothing
+            fitted = {name: part.to(shape.kv.device) for name, part in fitted.items()}
         return spec._replace(moments=moments, fitted=fitted)
 
     def _options_of(self, layer: int, num_layers: int) -> LayerOptions:

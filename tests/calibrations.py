@@ -16,4 +16,5 @@ def drawn_calibration(num_heads: int = 4, num_groups: int = 2, width: int = 8) -
         "queries.covariance": factor @ factor.transpose(1, 2),
         "rotary.angles": (100.0 ** (-half / half.numel())).repeat(2),
         "rotary.interleaved": torch.tensor(0),
+        "heads.far": torch.tensor([0.0, 0.05, 0.0, 0.9]),
     } | {f"scorer.{name}": part for name, part in scorer._asdict().items()}

@@ -22,6 +22,7 @@ LOADERS = {
     "pikv": PiKVConfig.from_file,
     "presets": PiKVConfig.from_file,
     "methods": PiKVConfig.from_file,
+    "retention": PiKVConfig.from_file,
     "variants": PiKVConfig.from_file,
     "tuned": PiKVConfig.from_file,
     "model": Architecture.from_yaml,

@@ -57,6 +57,8 @@ class LayerCache:
             be set where the selector certifies only. None: nobody asks.
         on_attend: told of every step's query, key and value, as they are cached; None: nobody asks.
         on_leave: told of the tokens that leave the window, as computed; None: nobody asks.
+        peers: layers, in order, that keep the same pages, this one among them; none: it keeps its
+            own.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class LayerCache:
             num_slots, placement.num_shards, spec.kv.device
         )
         self.selector = spec.options.selector.build()
+        self.peers: "list[LayerCache]" = []
         self._dispatcher = dispatcher
         self._placement = placement
         self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
@@ -484,14 +487,20 @@ class LayerCache:
         flush = plan.flush
         slots = flush.numbers.all_slots
         drops = self.store.age(slots, flush.most_pages)
-        if self.store.retention is not None:
+        if self.store.retention is not None and not self.peers:
             drops.append(self.store.prune(slots, flush.most_pages))
-        if self.directory is not None:
-            for drop in drops:
-                self._tell_homes(drop, plan)
+        for drop in drops:
+            self._tell_homes(drop, plan)
+        # What a page is worth to all layers is known behind the last of them.
+        if self.peers and self is self.peers[-1]:
+            drop = self.store.prune(slots, flush.most_pages, [peer.store for peer in self.peers])
+            for peer in self.peers:
+                peer._tell_homes(drop, plan)
 
     def _tell_homes(self, drop: torch.Tensor, plan: StepPlan) -> None:
-        """Columns [sequences of all ranks, m] that this owner dropped."""
+        """Columns [sequences of all ranks, m] that this owner dropped, where home lists pages."""
+        if self.directory is None:
+            return
         route = self._dispatcher.everywhere(plan.flush.num_sequences)
         words = self._dispatcher.give_back(route, pack_bits(drop), FLUSH_OP)
         dropped = unpack_bits(words, drop.shape[1]).transpose(0, 1)

@@ -31,9 +31,7 @@ class PagePool:
         self.earlier_shards = (
             torch.zeros(1, page_size, dtype=torch.int64, device=device) if has_replicas else None
         )
-        self.score = (
-            torch.zeros(1, num_scores, device=device) if num_scores else None
-        )
+        self.score = torch.zeros(1, num_scores, device=device) if num_scores else None
 
     @property
     def null_page(self) -> int:

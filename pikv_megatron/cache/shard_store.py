@@ -24,6 +24,7 @@ from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.layer_spec import LayerSpec
+from pikv_megatron.retention.base import beyond
 from pikv_megatron.types import AttentionState, KeyTurn, KVPages, PageList, PageStats
 
 Kept = TypeVar("Kept")
@@ -118,6 +119,8 @@ class ShardStore:
             most_pages = self._codec.ageing.most(most_pages, self._shards)
         if self.retention is None:
             return most_pages
+        if self.retention.keeps_none:
+            return min(most_pages, self._pinned.most_pages)
         most_kept = self._budget.most(most_pages, self._shards) + self._pinned.most_pages
         return min(most_pages, most_kept)
 
@@ -136,6 +139,12 @@ class ShardStore:
     def drops(self) -> bool:
         """Whether pages are given back before their sequence ends."""
         return self.num_verdicts > 0
+
+    @property
+    def sums_layers(self) -> bool:
+        """Whether layers of the same policy keep the same pages."""
+        policy = self.retention
+        return policy is not None and policy.sums_layers and not policy.keeps_none
 
     @property
     def exceeds(self) -> bool:
@@ -243,8 +252,10 @@ class ShardStore:
             "sealed", None if reads.key is None else (num_columns, reads.key),
             lambda: self._sealed(reads, num_columns),
         )
-        lists = self.pool.lists(sealed)
-        return self._codec.page_logits(query, lists, self._softmax_scale, reads.slots)
+        lists, parts = self.pool.lists(sealed), None
+        if self._codec.num_bases > 1:
+            parts = [self._part(sealed.table)] * len(lists)
+        return self._codec.page_logits(query, lists, self._softmax_scale, reads.slots, parts)
 
     def observe(self, query: torch.Tensor, lse: torch.Tensor, reads: OwnerReads) -> None:
         """Count the masses of a prompt's last queries.
@@ -262,17 +273,20 @@ class ShardStore:
         age = torch.arange(query.shape[1] - 1, -1, -1, device=query.device)
         self.statistics.observe(pages, shares, reads.positions.unsqueeze(1) - age)
 
-    def prune(self, slots: torch.Tensor, most_pages: int) -> torch.Tensor:
+    def prune(
+        self, slots: torch.Tensor, most_pages: int, peers: "Sequence[ShardStore]" = ()
+    ) -> torch.Tensor:
         """Drop the pages that the budget does not allow.
 
         Args:
             slots: [r], int64, each once.
             most_pages: at least the pages that any of them ever filled here.
+            peers: stores of layers that hold the same pages, this one's among them, which decide
+                together; none: this one decides.
 
         Returns:
-            [r, m], bool, the columns that were dropped.
+            [r, m], bool, the columns that were dropped, here and from all peers.
         """
-        self._lists.clear()
         stats = self._stats(slots, most_pages)
         filled = self.ledger.num_tokens[:-1].view(-1, self._shards)[slots] // self.page_size
         limit = self._budget.limit(filled)
@@ -280,8 +294,14 @@ class ShardStore:
             pages = self.table.page[slots, :most_pages].where(stats.is_page, self.pool.null_page)
             oldest = self.pool.position[pages, 0].long()
             stats, limit = self._pinned.set_aside(stats, oldest, limit)
-        drop = self.retention.drop(stats, limit)
-        self._drop(slots, drop)
+        if peers:
+            worth = (peer.retention.utility(peer._stats(slots, most_pages)) for peer in peers)
+            drop = beyond(stats, sum(worth), limit)
+        else:
+            drop = self.retention.drop(stats, limit)
+        for store in peers or (self,):
+            store._lists.clear()
+            store._drop(slots, drop)
         return drop
 
     def release(self, slot: int) -> None:

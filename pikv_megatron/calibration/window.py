@@ -16,6 +16,7 @@ from pikv_megatron.types import KVShape
 # What a stream window would hold anyway: the first tokens, and those just before a query.
 SINKS = 4
 NEAR = 64
+FARTHEST = 64
 _QUERIES = 256  # of which all weights are held at once
 
 
@@ -23,7 +24,8 @@ class FarAttention(NamedTuple):
     """What queries see beyond the first tokens and their neighbours.
 
     Attributes:
-        share: [np], of a query's attention, mean over those that have anything there.
+        share: [np], of the attention of those queries, one in 64, that look there most: a head
+            that retrieves seldom retrieves all the same.
         peak: [ng, t], largest share that any query so far away gave a token, over a group's heads.
     """
 
@@ -70,4 +72,6 @@ class LayerWindow:
             weights = weights * is_far
             shares.append(weights.sum(dim=3).flatten(0, 1)[:, is_far.any(dim=1)])
             peaks = torch.maximum(peaks, weights.amax(dim=(1, 2)))
-        return FarAttention(torch.cat(shares, dim=1).mean(dim=1).nan_to_num(), peaks)
+        share = torch.cat(shares, dim=1)
+        farthest = share.topk(-(-share.shape[1] // FARTHEST), dim=1).values
+        return FarAttention(farthest.mean(dim=1).nan_to_num(), peaks)

@@ -47,5 +47,5 @@ def read_moments(path: Path, number: int, fitted: Mapping[str, Tensor], kv: KVSh
                 f"calibration {path}: layer {number} has {kv.num_groups} KV heads of {side} of "
                 f"width {width}, and the file has {shape}: {REMEDY}"
             )
-        found.append(Moments(**parts | {"count": int(parts["count"])}))
+        found.append(Moments(**parts | {"count": int(fitted[f"{prefix}count"])}))
     return KVMoments(*found)

@@ -152,18 +152,22 @@ class PageCodec:
 
     def page_logits(
         self, query: torch.Tensor, sealed: list[PageList], softmax_scale: float,
-        slots: torch.Tensor,
+        slots: torch.Tensor, parts: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """What query [n, np, hn] would find in sealed pages, from their keys alone.
 
         Args:
             sealed: lists of as many columns, of which one reads a page.
+            parts: see `attend`.
 
         Returns:
             [n, np, m], float32, the log of each page's summed exponentials, -inf where none is
             listed. A page that has less than 1e-38 of the whole's is said to have that.
         """
-        query, lists = self._absorbed(query.unsqueeze(1), sealed, softmax_scale, slots)
+        n, query = len(slots), query.unsqueeze(1)
+        if self.num_bases > 1:
+            query, sealed, slots = self._parted(query, sealed, slots, parts)
+        query, lists = self._absorbed(query, sealed, softmax_scale, slots)
         # The attention is over the first channel of the keys, and is not looked at.
         lists = [
             each._replace(pages=each.pages._replace(
@@ -176,7 +180,11 @@ class PageCodec:
         mass = sum(masses[1:], masses[0])
         logit = mass.clamp(min=LEAST_MASS).log() + state.lse.unsqueeze(3)
         is_none = sum(each.lens for each in sealed) == 0
-        return logit.squeeze(1).masked_fill_(is_none.unsqueeze(1), -torch.inf)
+        logit = logit.squeeze(1).masked_fill_(is_none.unsqueeze(1), -torch.inf)
+        if self.num_bases == 1:
+            return logit
+        # A page is of one part of its sequence.
+        return logit.unflatten(0, (n, self.num_bases)).amax(dim=1)
 
     @property
     def learns(self) -> bool:
@@ -201,10 +209,12 @@ class PageCodec:
         own = [] if self.angles is None else [self.angles.table]
         return own if self._transform is None else own + self._transform.tensors()
 
-    def _attend_by_part(self, parts, query, sealed, softmax_scale, slots, with_mass):
-        """Every part of a sequence is attended to as a sequence of its own, and all are merged."""
-        n, count = len(slots), self.num_bases
-        every = torch.arange(count, device=slots.device)
+    def _parted(
+        self, query: torch.Tensor, sealed: list[PageList], slots: torch.Tensor,
+        parts: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[PageList], torch.Tensor]:
+        """Queries, lists and slots of the parts of n sequences, each a sequence of its own."""
+        count, every = self.num_bases, torch.arange(self.num_bases, device=slots.device)
 
         def by_part(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x.repeat_interleave(count, 0)
@@ -212,16 +222,19 @@ class PageCodec:
         lists = [
             each._replace(
                 table=by_part(each.table), token_mask=by_part(each.token_mask),
-                lens=by_part(each.lens) * (by_part(part) == every.repeat(n).unsqueeze(1)),
+                lens=by_part(each.lens) * (by_part(part) == every.repeat(len(slots)).unsqueeze(1)),
                 logit_bias=by_part(each.logit_bias),
                 turn=each.turn and each.turn._replace(rows=by_part(each.turn.rows)),
             )
             for each, part in zip(sealed, parts)
         ]
-        slots = (slots.unsqueeze(1) * count + every).flatten()
-        states, masses = self._attend_transformed(
-            by_part(query), lists, softmax_scale, slots, with_mass
-        )
+        return by_part(query), lists, (slots.unsqueeze(1) * count + every).flatten()
+
+    def _attend_by_part(self, parts, query, sealed, softmax_scale, slots, with_mass):
+        """Every part of a sequence is attended to by itself, and all are merged."""
+        n, count = len(slots), self.num_bases
+        query, lists, slots = self._parted(query, sealed, slots, parts)
+        states, masses = self._attend_transformed(query, lists, softmax_scale, slots, with_mass)
         states = AttentionState(*(x.unflatten(0, (n, count)) for x in states))
         state = AttentionState(*merge_states(*(x.transpose(0, 1).contiguous() for x in states)))
         if masses is None:

@@ -18,6 +18,8 @@ from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.tasks.base import Source
 from pikv_megatron.evaluation.tasks.registry import TASKS
 from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive
+from pikv_megatron.retention.budget import ShareBudget
+from pikv_megatron.retention.keep_all import KeepAllOptions
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def parse_options(argv: Sequence[str]) -> EvaluateOptions:
         model=args.model,
         architecture=architecture,
         source=source,
-        caches=_read_caches(args.pikv, args.length, architecture),
+        caches=_kept(_read_caches(args.pikv, args.length, architecture), args.keep),
         tasks=_tasks(args.tasks, source),
         length=args.length,
         samples=args.samples,
@@ -99,6 +101,9 @@ def _parser() -> ArgumentParser:
     add("--model", type=Path, required=True, help="Hugging Face directory")
     add("--pikv", nargs="+", required=True, metavar="FILE",
         help="YAML files of caches, or names of presets")
+    add("--keep", nargs="+", type=positive(float), metavar="SHARE",
+        help="shares of the pages that stay: each cache with a retention policy is run with each "
+        "of them instead of its own budget")
     add("--tasks", nargs="+", metavar="NAME",
         help=f"of {', '.join(TASKS)}; default: all that fit the model")
     add("--out", type=Path, metavar="DIR",
@@ -172,6 +177,25 @@ def _read_caches(
         caches[name] = pikv
     # The reference is laid out as the first of the others, unless one of that name is given.
     return {LOSSLESS: lossless(next(iter(caches.values()))), **caches}
+
+
+def _kept(
+    caches: dict[str, PiKVConfig], shares: Sequence[float] | None
+) -> dict[str, PiKVConfig]:
+    """The caches, those that drop pages with each of these budgets."""
+    if shares is None:
+        return caches
+    if max(shares) > 1:
+        raise ValueError(f"--keep {max(shares):g}: no more than 1 can stay")
+    found: dict[str, PiKVConfig] = {}
+    for name, pikv in caches.items():
+        if isinstance(pikv.retention, KeepAllOptions):
+            found[name] = pikv
+            continue
+        for share in shares:
+            budget = {"budget": ShareBudget(keep=share)}
+            found[f"{name} {share:g}"] = pikv.model_copy(update=budget)
+    return found
 
 
 def read_cache(text: str) -> PiKVConfig:

@@ -76,12 +76,12 @@ def default_dtype() -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def writable(path: Path | None) -> Path | None:
-    """The file that `--output` names, where one can be written there.
+def writable(path: Path | None, option: str = "--output") -> Path | None:
+    """The file that an option names, where one can be written there.
 
     Raises:
         ValueError: it cannot.
     """
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ValueError(f"--output {path}: cannot write a file there")
+        raise ValueError(f"{option} {path}: cannot write a file there")
     return path

@@ -101,4 +101,5 @@ class PlannedCache:
 
 def _kind(spec: LayerSpec) -> tuple:
     """What sizes a layer's cache."""
-    return spec.chosen
+    policy = spec.options.retention.build(spec.fitted)
+    return *spec.chosen, policy is not None and policy.keeps_none

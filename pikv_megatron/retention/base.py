@@ -25,9 +25,14 @@ class RetentionPolicy(ABC):
 
     Attributes:
         num_scores: numbers that are kept of a page from when it is sealed, `PageStats.score`.
+        keeps_none: whatever the budget allows, no page of this layer stays.
+        sums_layers: layers of the same policy sum up what a page is worth to each, and keep the
+            same pages; those that keep none decide by themselves.
     """
 
     num_scores: int = 0
+    keeps_none: bool = False
+    sums_layers: bool = False
 
     @abstractmethod
     def utility(self, stats: PageStats) -> torch.Tensor:
@@ -56,8 +61,7 @@ class RetentionPolicy(ABC):
         Example:
             Utilities 3, 1, 2 in one shard and a limit of 2: the second page is dropped.
         """
-        is_over = place(stats, self.utility(stats)) > limit.gather(1, stats.own_shard)
-        return stats.is_page & is_over
+        return beyond(stats, self.utility(stats), limit)
 
 
 class RetentionOptions(Options):
@@ -89,6 +93,14 @@ class ObservingOptions(RetentionOptions):
     )
 
     needs_mass: ClassVar[bool] = True
+
+
+def beyond(
+    stats: PageStats, utility: torch.Tensor, limit: torch.Tensor
+) -> torch.Tensor:
+    """[r, m], bool: the pages that are not among the limit [r, s] best of their shard."""
+    is_over = place(stats, utility) > limit.gather(1, stats.own_shard)
+    return stats.is_page & is_over
 
 
 def best_first(stats: PageStats, utility: torch.Tensor) -> torch.Tensor:

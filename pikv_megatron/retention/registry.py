@@ -2,6 +2,7 @@
 
 from pikv_megatron.options import family
 from pikv_megatron.retention.adakv import AdaKVOptions
+from pikv_megatron.retention.duo import DuoOptions
 from pikv_megatron.retention.expected_attention import ExpectedAttentionOptions
 from pikv_megatron.retention.h2o import H2OOptions
 from pikv_megatron.retention.keep_all import KeepAllOptions
@@ -14,5 +15,5 @@ from pikv_megatron.retention.streaming import StreamingOptions
 
 Retention = family(
     KeepAllOptions, H2OOptions, SnapKVOptions, StreamingOptions, LRUOptions, LRUPlusOptions,
-    AdaKVOptions, ExpectedAttentionOptions, QuestOptions, KVPressOptions,
+    AdaKVOptions, ExpectedAttentionOptions, QuestOptions, DuoOptions, KVPressOptions,
 )

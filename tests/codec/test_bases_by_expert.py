@@ -53,6 +53,19 @@ def test_two_directions_hold_the_tokens_of_an_expert_and_not_those_of_all(method
         assert lost < 1e-3 if per_expert else lost > 0.1
 
 
+def test_pages_are_judged_in_the_basis_of_their_expert():
+    store, block = filled_store({"name": "svd", "rank": 2, "per_expert": True})
+    query = torch.randn(2, 4, WIDTH)
+    found = store.page_logits(query, OwnerReads(SLOTS, 100, (0, 1)))
+    for slot in SLOTS.tolist():
+        pages = store.table.pages_of(slot)
+        token = store.pool.position[pages] * 2 + slot
+        keys = block.keys[:, token].repeat_interleave(4 // NG, 0)  # [np, pages, S, w]
+        right = torch.einsum("hw,hptw->hpt", query[slot], keys).mul(SCALE).logsumexp(2)
+        torch.testing.assert_close(found[slot, :, : len(pages)], right, atol=1e-3, rtol=1e-3)
+        assert (found[slot, :, len(pages) :] == -torch.inf).all()
+
+
 def test_attention_merges_the_parts_of_a_sequence():
     store, block = filled_store({"name": "svd", "rank": 2, "per_expert": True})
     query = torch.randn(2, 3, 4, WIDTH)

@@ -15,10 +15,11 @@ PROGRAM, MODEL = ROOT / "launch/compare_kvpress.py", ROOT / "models/demo"
 
 def test_every_contestant_keeps_its_budget(tmp_path):
     pytest.importorskip("kvpress", reason="the extra `kvpress` is not installed")
-    output = tmp_path / "results.json"
+    output, picture = tmp_path / "results.json", tmp_path / "picture.svg"
     done = subprocess.run(
         [sys.executable, PROGRAM, "--model", MODEL, "--tasks", "recall", "--length", "256",
-         "--samples", "1", "--budgets", "0.75", "--output", output],
+         "--samples", "1", "--budgets", "0.75", "--output", output,
+         "--picture", picture],
         capture_output=True, text=True, timeout=250,
     )
     assert done.returncode == 0 and "is left out" not in done.stderr, done.stderr
@@ -30,6 +31,7 @@ def test_every_contestant_keeps_its_budget(tmp_path):
     assert sum(name.startswith("pikv") for name in names) > 2
     assert all(0 < result["held_share"] < 0.76 for result in others)
     assert all(name in done.stdout for name in names)
+    assert all(name in picture.read_text() for name in ("as computed", "kvpress KVzip"))
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -167,3 +167,13 @@ def test_refuses_a_lossy_cache_of_the_reference_s_name(tmp_path, folder):
     (tmp_path / "lossless.yaml").write_text(SIZES + "codec: {format: int8}\n")
     with pytest.raises(ValueError, match="it is not lossless; rename it"):
         parse_options(arguments(folder, str(tmp_path / "lossless.yaml")))
+
+
+def test_keep_runs_every_cache_that_drops_pages_with_every_share(folder, tmp_path):
+    (tmp_path / "h2o.yaml").write_text(SIZES + "retention: h2o\n")
+    caches = str(tmp_path / "h2o.yaml"), str(folder / "eight_bits.yaml")
+    options = parse_options([*arguments(folder, *caches), "--keep", "0.5", "0.125"])
+    shares = {name: pikv.budget and pikv.budget.keep for name, pikv in options.caches.items()}
+    assert shares == {"lossless": None, "h2o 0.5": 0.5, "h2o 0.125": 0.125, "eight_bits": None}
+    with pytest.raises(ValueError, match="--keep 1.5: no more than 1 can stay"):
+        parse_options([*arguments(folder, *caches), "--keep", "1.5"])

@@ -122,7 +122,7 @@ def test_scores_are_those_that_a_press_gives_a_model_of_transformers(
 def test_a_page_without_scores_stays():
     policy = KVPressOptions().build()
     is_page, newest = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[3, 7, 11]])
-    score = torch.tensor([[0.2, torch.inf, 0.1]])
+    score = torch.tensor([[[0.2], [torch.inf], [0.1]]])
     stats = PageStats(is_page, newest, 0 * newest, score=score)
     assert policy.drop(stats, torch.tensor([[2]])).tolist() == [[False, False, True]]
 

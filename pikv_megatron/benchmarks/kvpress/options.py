@@ -28,6 +28,7 @@ class CompareOptions:
         budgets: shares of the bytes of a cache as computed.
         dtype: type of weights and caches.
         output: file for all figures, JSON.
+        picture: file for accuracy against bytes, SVG.
     """
 
     model: Path
@@ -37,6 +38,7 @@ class CompareOptions:
     budgets: tuple[float, ...]
     dtype: torch.dtype
     output: Path | None
+    picture: Path | None
 
     @property
     def shortest_prompt(self) -> int:
@@ -79,6 +81,7 @@ def parse_options(argv: Sequence[str]) -> CompareOptions:
         budgets=tuple(args.budgets),
         dtype=DTYPES[args.dtype],
         output=writable(args.output),
+        picture=writable(args.picture, "--picture"),
     )
 
 
@@ -94,4 +97,5 @@ def _parser() -> ArgumentParser:
         help="of the bytes of a cache as computed; default: 0.5 0.25 0.125")
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s")
     add("--output", type=Path, help="all figures, JSON")
+    add("--picture", type=Path, help="accuracy against bytes, SVG")
     return parser

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from pikv_megatron.benchmarks.kvpress.options import CompareOptions
 from pikv_megatron.benchmarks.kvpress.trial import Score
+from pikv_megatron.evaluation.report.svg import Point, pareto, scatter
 from pikv_megatron.runtime.machine import machine
 
 
@@ -60,6 +61,18 @@ def report_table(options: CompareOptions, results: Sequence[Result]) -> Table:
             f"{100 * result.average:.1f}",
         )
     return table
+
+
+def report_picture(options: CompareOptions, results: Sequence[Result]) -> str:
+    """SVG: accuracy against bytes, every press, and of ours those that no other one of ours beats."""
+    points = [
+        Point(x.name, x.held_share, 100 * x.average, x.name.startswith("kvpress")) for x in results
+    ]
+    return scatter(
+        f"{options.model.name}, {options.length:,} tokens: accuracy against KV bytes",
+        "KV bytes held, of those as computed", f"right answers, %: {', '.join(options.tasks)}",
+        [p for p in points if p.is_peer] + pareto([p for p in points if not p.is_peer]),
+    )
 
 
 def report_json(
