@@ -16,13 +16,11 @@ from pikv_megatron.planner.target import Target
 # Presses drop a share of the tokens, and hold the others as computed.
 PRESSES = ("SnapKVPress", "ExpectedAttentionPress", "KVzipPress", "StreamingLLMPress")
 SIZES: dict[str, Any] = {
-    "window": 32, "num_sinks": 4, "flush_interval": 8, "shard_after": 0,
+    "page_size": 16, "window": 32, "num_sinks": 4, "flush_interval": 8, "shard_after": 0,
 }
-# Tokens a page, and their format.
-PACKINGS: dict[str, tuple[int, Any]] = {
-    "": (16, "plain"), " int8": (16, "int8"), " int4": (16, "int4"),
-    " K4 V2": (16, {"keys": "int4", "values": "int2"}),
-    " K3 V2": (32, {"keys": "int3", "values": "int2"}), " int2": (32, "int2"),
+BITS = {
+    "": "plain", " int8": "int8", " int4": "int4",
+    " K4 V2": {"name": "mixed", "keys": "int4", "values": "int2"},
 }
 POLICIES = ("snapkv", "h2o", "streaming")
 CHUNK = 64
@@ -47,42 +45,37 @@ class Entry:
 
 
 def entries(options: CompareOptions) -> Iterator[Entry]:
-    """Those of kvpress, then ours: each policy with each number of bits, as much as fits; and
-    caches that are given, with the bytes that they take."""
+    """Those of kvpress, then ours: each policy with each number of bits, as much as fits."""
     for budget in options.budgets:
         for name in PRESSES:
             press = getattr(kvpress, name)(compression_ratio=1 - budget)
             yield Entry(f"kvpress {name.removesuffix('Press')}", budget, press, budget)
         for policy in POLICIES:
-            for bits, packing in PACKINGS.items():
-                found = _largest(options, policy, packing, budget)
+            for bits, page_format in BITS.items():
+                found = _largest(options, policy, page_format, budget)
                 if found is not None:
                     yield Entry(f"pikv {policy}{bits}", budget, PiKVPress(found[0]), found[1])
-    for name, cache in options.caches.items():
-        pikv = cache.model_copy(update={"max_sequence_length": options.length})
-        yield Entry(f"pikv {name}", round(_share(options, pikv), 3), PiKVPress(pikv), 1.0)
 
 
 def _largest(
-    options: CompareOptions, policy: str, packing: tuple[int, Any], budget: float
+    options: CompareOptions, policy: str, page_format: Any, budget: float
 ) -> tuple[PiKVConfig, float] | None:
     """The configuration that keeps most within a budget, every byte counted; None: none fits."""
     for step in range(STEPS, 0, -1):
         keep = step / STEPS
-        pikv = _config(options, policy, packing, keep)
+        pikv = _config(options, policy, page_format, keep)
         if pikv is not None and _share(options, pikv) <= budget:
             return pikv, keep
     return None
 
 
 def _config(
-    options: CompareOptions, policy: str, packing: tuple[int, Any], keep: float
+    options: CompareOptions, policy: str, page_format: Any, keep: float
 ) -> PiKVConfig | None:
     """In chunks, so that what is dropped was hardly held."""
-    page_size, page_format = packing
     try:
         return PiKVConfig(
-            **SIZES, page_size=page_size, retention=policy, budget={"name": "share", "keep": keep},
+            **SIZES, retention=policy, budget={"name": "share", "keep": keep},
             codec={"format": page_format}, prefill_chunk_size=CHUNK,
             max_sequence_length=options.length,
         )

@@ -9,9 +9,7 @@ import torch
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
-from pikv_megatron.config import PiKVConfig
 from pikv_megatron.evaluation.byte_ids import is_bytewise
-from pikv_megatron.evaluation.options import read_cache
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.tasks.base import Source
 from pikv_megatron.evaluation.tasks.registry import TASKS
@@ -28,7 +26,6 @@ class CompareOptions:
         tasks: built, by name.
         length: tokens of a sequence.
         budgets: shares of the bytes of a cache as computed.
-        caches: of ours, by name, which are compared as they are.
         dtype: type of weights and caches.
         output: file for all figures, JSON.
         picture: file for accuracy against bytes, SVG.
@@ -39,7 +36,6 @@ class CompareOptions:
     tasks: dict[str, list[Task]]
     length: int
     budgets: tuple[float, ...]
-    caches: dict[str, PiKVConfig]
     dtype: torch.dtype
     output: Path | None
     picture: Path | None
@@ -83,7 +79,6 @@ def parse_options(argv: Sequence[str]) -> CompareOptions:
         },
         length=args.length,
         budgets=tuple(args.budgets),
-        caches={Path(text).stem: read_cache(text) for text in args.pikv},
         dtype=DTYPES[args.dtype],
         output=writable(args.output),
         picture=writable(args.picture, "--picture"),
@@ -100,8 +95,6 @@ def _parser() -> ArgumentParser:
     add("--seed", type=int, default=0, help="of the tasks; default: 0")
     add("--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.125], metavar="SHARE",
         help="of the bytes of a cache as computed; default: 0.5 0.25 0.125")
-    add("--pikv", nargs="+", default=[], metavar="FILE",
-        help="YAML files of caches, or names of presets, that are compared besides, as they are")
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s")
     add("--output", type=Path, help="all figures, JSON")
     add("--picture", type=Path, help="accuracy against bytes, SVG")

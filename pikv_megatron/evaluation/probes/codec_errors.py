@@ -44,8 +44,12 @@ class CodecErrors:
         if any(wire):
             came = block.sent(wire, lambda rows: rows)
             for side, name in enumerate(spec.kv.heads):
-                off = getattr(came, name).double() - getattr(block, name).double()
-                self.lost[index, side] += off[:, block.slot >= 0].square().sum((1, 2))
+                exact, packed = (
+                    getattr(x, name)[:, block.slot >= 0].double() for x in (block, came)
+                )
+                self.lost[index, side] += (packed - exact).square().sum((1, 2))
+                # Pages compare with what came.
+                self.whole[index, side] += (exact.square() - packed.square()).sum((1, 2))
 
     def _compare(
         self, index: int, keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor
