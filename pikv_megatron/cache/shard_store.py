@@ -5,8 +5,7 @@ m columns of a sequence, k pages read, t tokens of a block. A *group* is one (sl
 with a token buffer.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,14 +19,14 @@ from pikv_megatron.cache.page_statistics import PageStatistics
 from pikv_megatron.cache.page_table import PageTable
 from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.store_lists import StoreLists
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.retention.base import beyond
-from pikv_megatron.types import AttentionState, KeyTurn, KVPages, PageList, PageStats
+from pikv_megatron.types import AttentionState, PageList, PageStats
 
-Kept = TypeVar("Kept")
 TABLE = "table", "lens"  # of a list: which pages, and how much of them
 
 
@@ -61,7 +60,7 @@ class ShardStore:
         self.num_slots = num_slots
         self.retention = options.retention.build(spec.fitted)
         self._budget, self._kv, self._pinned = options.budget, kv, pinned
-        self._softmax_scale, self._num_heads = spec.softmax_scale, spec.num_heads
+        self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(
             kv, page_size, num_slots, spec.moments, self._shards, num_positions
@@ -74,9 +73,6 @@ class ShardStore:
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
         metadata |= {"score": torch.float32} if self._has_token_scores else {}
         self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
-        self._open_pages = KVPages.plain(
-            self.buffers.tensors["keys"], self.buffers.tensors.get("values"), kv.value_width
-        )
         self.table = PageTable(num_slots, max_pages, kv.device)
         self.statistics = None
         if options.retention.needs_mass:
@@ -84,8 +80,9 @@ class ShardStore:
                 kv.num_groups, spec.num_heads, num_slots, kv.device,
                 options.retention.use_threshold,
             )
-        # What is read where nothing is left out changes with a flush only.
-        self._lists: dict[tuple, PageList | torch.Tensor] = {}
+        self._lists = StoreLists(
+            self.pool, self.table, self.buffers, placement, kv, spec.num_heads, self._codec.angles
+        )
         self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
 
@@ -214,7 +211,7 @@ class ShardStore:
             reads: which sequences, and which part of them.
             near: lists that are attended to besides, in the same softmax.
         """
-        sealed, opened = self._list(reads)
+        sealed, opened = self._read(reads)
         return self._attend(query, reads, sealed, [opened, *near])[0]
 
     def attend_decoding(
@@ -234,7 +231,7 @@ class ShardStore:
         """
         if self.statistics is None and not by_shard:
             return self.attend(query, reads, near), None
-        sealed, opened = self._list(reads)
+        sealed, opened = self._read(reads)
         state, mass, (of_open, *_) = self._attend(query, reads, sealed, [opened, *near], True)
         if self.statistics is not None:
             pages = torch.where(sealed.lens > 0, sealed.table, -1)
@@ -247,11 +244,7 @@ class ShardStore:
     def page_logits(self, query: torch.Tensor, reads: OwnerReads) -> torch.Tensor:
         """What query [n, np, hn] would find in every page of n sequences here, from its stored
         keys: [n, np, m], see `PageCodec.page_logits`."""
-        num_columns = self.num_columns(reads.num_columns)
-        sealed = self._kept(
-            "sealed", None if reads.key is None else (num_columns, reads.key),
-            lambda: self._sealed(reads, num_columns),
-        )
+        sealed = self._lists.sealed(reads, self.num_columns(reads.num_columns))
         lists, parts = self.pool.lists(sealed), None
         if self._codec.num_bases > 1:
             parts = [self._part(sealed.table)] * len(lists)
@@ -266,7 +259,7 @@ class ShardStore:
             reads: the sequence, with at least the pages that it has before the next `prune`, and
                 the position of its last query.
         """
-        sealed = self._sealed(reads, reads.num_columns)
+        sealed = self._lists.sealed(reads, reads.num_columns)
         state, mass, _ = self._attend(query, reads, sealed, [], with_mass=True)
         shares = mass * (state.lse - lse).exp().unsqueeze(3)
         pages = torch.where(sealed.lens > 0, sealed.table, -1)
@@ -374,11 +367,7 @@ class ShardStore:
     ) -> tuple[AttentionState, torch.Tensor | None, list[torch.Tensor]]:
         """The attention, and if asked for the masses of the sealed pages and of the other lists;
         nobody asks where pages are drawn."""
-        lists = self._kept(
-            "lists", None if reads.key is None or not reads.is_everything
-            else (sealed.table.shape[1], reads.key),
-            lambda: self.pool.lists(sealed),
-        )
+        lists = self._lists.stored(reads, sealed)
         drawn = [(part, each) for each in self._drawn(reads) for part in self.pool.lists(each)]
         parts = None
         if self._codec.num_bases > 1:
@@ -467,17 +456,10 @@ class ShardStore:
         )
         return stats._replace(**{name: t[pages] for name, t in counted if t is not None})
 
-    def _list(self, reads: OwnerReads) -> tuple[PageList, PageList]:
+    def _read(self, reads: OwnerReads) -> tuple[PageList, PageList]:
         """Pages and token buffers that are read."""
-        num_columns = self.num_columns(reads.num_columns)
-        kept = None if reads.key is None else (num_columns, reads.key)
-        sealed = self._kept(
-            "sealed", kept if reads.is_everything else None,
-            lambda: self._sealed(reads, num_columns),
-        )
-        opened = self._kept(
-            "open", kept if reads.visited is None else None, lambda: self._open(reads)
-        )
+        sealed = self._lists.sealed(reads, self.num_columns(reads.num_columns))
+        opened = self._lists.opened(reads)
         if self.on_read is not None:
             every = [sealed, *self._drawn(reads)]
             table, lens = (torch.cat([getattr(x, name) for x in every], 1) for name in TABLE)
@@ -485,74 +467,4 @@ class ShardStore:
         return sealed, opened
 
     def _drawn(self, reads: OwnerReads) -> list[PageList]:
-        """Pages that stand for others."""
-        if reads.drawn is None:
-            return []
-        pages, is_read = self._pages(
-            reads._replace(columns=reads.drawn), self.num_columns(reads.num_columns)
-        )
-        weight = reads.log_weight.view(-1, 1, 1).expand(-1, 1, self._num_heads)
-        lens, turn = is_read.int() * self.page_size, self._turn(pages)
-        return [PageList(self.pool.kv, pages, lens, None, weight, turn)]
-
-    def _kept(
-        self, name: str, key: tuple | None, make: Callable[[], Kept]
-    ) -> Kept:
-        """What was made for a key since the last flush, or is made now."""
-        if key is None:
-            return make()
-        if (name, key) not in self._lists:
-            self._lists[name, key] = make()
-        return self._lists[name, key]
-
-    def _sealed(self, reads: OwnerReads, num_columns: int) -> PageList:
-        pages, is_read = self._pages(reads, num_columns)
-        mask = None
-        if self.pool.earlier_shards is not None:
-            mask = _is_first_replica(self.pool.earlier_shards[pages], reads.visited)
-        lens, turn = is_read.int() * self.page_size, self._turn(pages)
-        return PageList(self.pool.kv, pages, lens, mask, turn=turn)
-
-    def _turn(self, pages: torch.Tensor) -> KeyTurn | None:
-        """What turns the keys of listed pages [n, m]."""
-        return None if self.angles is None else self.angles.turn(self.pool.position, pages)
-
-    def _pages(
-        self, reads: OwnerReads, num_columns: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page numbers [n, k], those that are read first and any behind them, and which of them are
-        read."""
-        pages = self._kept(
-            "pages", None if reads.key is None else (num_columns, reads.key),
-            lambda: self.table.page[reads.slots, :num_columns],
-        )
-        if reads.columns is not None:
-            return pages.gather(1, reads.columns.clamp(min=0)), reads.columns >= 0
-        is_read = self.table.is_page(reads.slots, num_columns)
-        if reads.visited is None:
-            return pages, is_read
-        shard = self.pool.shard[torch.where(is_read, pages, self.pool.null_page)].long()
-        is_read &= reads.visited.gather(1, shard)
-        order = is_read.int().argsort(dim=1, descending=True, stable=True)
-        return pages.gather(1, order), is_read.gather(1, order)
-
-    def _open(self, reads: OwnerReads) -> PageList:
-        slots, visited = reads.slots, reads.visited
-        local = torch.arange(self._shards, device=slots.device)
-        table = slots.unsqueeze(1) * self._shards + local
-        lens = self.buffers.lens(table)
-        tensors = self.buffers.tensors
-        if visited is not None:
-            lens = lens * visited[:, self.placement.rank :: self.placement.num_ranks]
-        mask = None
-        if self.pool.earlier_shards is not None:
-            mask = _is_first_replica(tensors["earlier"][table], visited)
-        return PageList(self._open_pages, table, lens.int(), mask)
-
-
-def _is_first_replica(earlier: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:
-    """True where no visited shard holds a replica of lower order: earlier [n, m, S]."""
-    if visited is not None:
-        bits = (visited.long() << torch.arange(visited.shape[1], device=visited.device)).sum(dim=1)
-        earlier = earlier & bits.view(-1, 1, 1)
-    return earlier == 0
+        return self._lists.drawn(reads, self.num_columns(reads.num_columns))
