@@ -41,8 +41,9 @@ class PiKVConfig(LayerOptions):
         cuda_graphs: whether steps that only decode are recorded as CUDA graphs, one for each
             batch size and power of two of pages, and replayed: their cost on the host is gone.
             Without CUDA it changes nothing.
-        calibration: a file of `launch/calibrate.py`, which transforms and some retention policies
-            are fitted to; None: transforms learn from every sequence's first pages.
+        calibration: a file of `launch/calibrate.py`, which transforms, some retention policies and
+            `router.source: gate` are fitted to; None: transforms learn from every sequence's first
+            pages.
         layers: other methods for some layers.
 
     The methods are those of `LayerOptions`.
@@ -152,6 +153,8 @@ class PiKVConfig(LayerOptions):
                     f"router.source {source} visits the shards of experts, and expert_shards is 1: "
                     "set it to a power of two, the number of experts say"
                 )
+            if spec.sliding_window is None:
+                spec.options.router.gate(spec.fitted)
             needs_bounds = spec.options.selector.needs_bounds
             spec.options.sketch.build(spec.kv, self.page_size, 0, needs_bounds)
             if (needs_bounds or spec.options.selector.samples) and self.replicas > 1:

@@ -48,6 +48,10 @@ METHODS = {
     "router of the layer before": {
         "router": {"name": "eplb", "source": "previous"}, "token_shards": 1, "expert_shards": 4,
     },
+    "router of a calibrated gate": {
+        "router": {"name": "top_k", "source": "gate"}, "token_shards": 1, "expert_shards": 4,
+        "calibration": CALIBRATION,
+    },
     "mass with a tail": {"selector": {"name": "mass", "tail": "mean"}},
     "keys first": {
         "sketch": "keys", "selector": {"name": "mass", "tail": "mean"}, "codec": {"format": "int4"},

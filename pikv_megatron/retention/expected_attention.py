@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pikv_megatron.calibrated import section
 from pikv_megatron.ops.rotation import unrotated
 from pikv_megatron.retention.base import RetentionOptions, RetentionPolicy, share_of_shard
-from pikv_megatron.retention.fitted import Rotary, section
+from pikv_megatron.retention.fitted import Rotary
 
 
 class ExpectedAttentionOptions(RetentionOptions):
@@ -24,7 +25,8 @@ class ExpectedAttentionOptions(RetentionOptions):
     needs_calibration: ClassVar[bool] = True
 
     def build(self, fitted=None):
-        queries, rotary = (section(fitted, self.name, part) for part in ("queries", "rotary"))
+        asker = f"retention {self.name}"
+        queries, rotary = (section(fitted, asker, part) for part in ("queries", "rotary"))
         return ExpectedAttentionPolicy(
             queries["mean"], queries["covariance"], Rotary(rotary), self.horizon
         )
