@@ -10,6 +10,7 @@ from pikv_megatron.calibrated import Layers, load_calibrated
 from pikv_megatron.codec.calibration import read_moments
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
+from pikv_megatron.retention.budget import BytesBudget
 from pikv_megatron.sketch.keys import KeysOptions
 from pikv_megatron.presets import preset_values
 
@@ -132,8 +133,7 @@ class PiKVConfig(LayerOptions):
                 )
         calibrated = {} if self.calibration is None else load_calibrated(self.calibration).layers
         specs = tuple(
-            self._spec_of(number, shape, len(layers), calibrated)
-            for number, shape in enumerate(layers)
+            self._spec_of(number, layers, calibrated) for number in range(len(layers))
         )
         summed = []
         for spec in specs:
@@ -209,16 +209,18 @@ class PiKVConfig(LayerOptions):
                 f"retention {name} sums over layers, and codec.transform pools pages of each by "
                 "itself: leave young out"
             )
-        if len({spec.options.budget for spec in specs}) > 1:
+        budgets = {spec.options.budget for spec in specs}
+        if len(budgets) > 1 or isinstance(budgets.pop(), BytesBudget):
             raise ValueError(
                 f"retention {name} keeps the same pages in all layers: give them one budget, share "
                 "or pages"
             )
 
     def _spec_of(
-        self, number: int, shape: LayerShape, num_layers: int, calibrated: Layers
+        self, number: int, layers: Sequence[LayerShape], calibrated: Layers
     ) -> LayerSpec:
-        spec = LayerSpec(number + 1, *shape, self._options_of(number, num_layers))
+        shape = layers[number]
+        spec = LayerSpec(number + 1, *shape, self._options_of(number, layers))
         # A layer with a sliding window has no pages, and needs no calibration.
         if self.calibration is None or shape.sliding_window is not None:
             return spec
@@ -228,13 +230,14 @@ class PiKVConfig(LayerOptions):
             fitted = {name: part.to(shape.kv.device) for name, part in fitted.items()}
         return spec._replace(moments=moments, fitted=fitted)
 
-    def _options_of(self, layer: int, num_layers: int) -> LayerOptions:
+    def _options_of(self, layer: int, layers: Sequence[LayerShape]) -> LayerOptions:
         methods = {name: getattr(self, name) for name in LayerOptions.model_fields}
         for override in self.layers:
             if layer in override.layers:
                 methods |= override.methods()
         options = LayerOptions(**methods).resolved()
-        budget = options.budget.for_layer(layer, num_layers)
+        num_paged = sum(shape.sliding_window is None for shape in layers)
+        budget = options.budget.for_layer(layer, len(layers), num_paged)
         return options.model_copy(update={"budget": budget})
 
 
