@@ -489,7 +489,7 @@ class LayerCache:
         flush = plan.flush
         slots = flush.numbers.all_slots
         drops = self.store.keeper.age(slots, flush.most_pages)
-        if self.store.keeper.retention is not None and not self.peers:
+        if self.store.keeper.prunes and not self.peers:
             drops.append(self.store.keeper.prune(slots, flush.most_pages))
         for drop in drops:
             self._tell_homes(drop, plan)

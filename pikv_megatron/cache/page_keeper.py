@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pikv_megatron.cache.ageing import old_pages, pool_level
+from pikv_megatron.cache.ageing import mean_of_pairs, merge_level, old_pages
 from pikv_megatron.cache.ledger import PageLedger
 from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.cache.page_statistics import PageStatistics
@@ -48,14 +48,17 @@ class PageKeeper:
         self._placement, self._shards = placement, placement.shards_per_rank
         self._pool, self._table, self._ledger = pool, table, ledger
         self._statistics, self._lists = statistics, lists
+        self._ageing, self._merge = codec.ageing, mean_of_pairs
+        if retention is not None and retention.ageing is not None:
+            self._ageing, self._merge = retention.ageing, retention.merge
         self._page_size = pool.position.shape[1]
 
     def num_columns(self, most_pages: int) -> int:
         """At least the pages that a sequence has here between two flushes, where it has filled at
         most so many."""
-        if self._codec.ageing is not None:
-            most_pages = self._codec.ageing.most(most_pages, self._shards)
-        if self.retention is None:
+        if self._ageing is not None:
+            most_pages = self._ageing.most(most_pages, self._shards)
+        if not self.prunes:
             return most_pages
         if self.retention.keeps_none:
             return min(most_pages, self._pinned.most_pages)
@@ -67,6 +70,11 @@ class PageKeeper:
         many."""
         older = self._codec.older
         return 0 if older is None else max(0, num_columns - older.young * self._shards)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a budget limits the pages that stay."""
+        return self.retention is not None and self.retention.ageing is None
 
     @property
     def drops(self) -> bool:
@@ -86,22 +94,23 @@ class PageKeeper:
 
     @property
     def num_verdicts(self) -> int:
-        """Lists of dropped columns that a flush gives: one a level of ageing, one of retention."""
-        return self._num_levels + (self.retention is not None)
+        """Lists of dropped columns that a flush gives: one a level of ageing, one of a budget."""
+        return self._num_levels + self.prunes
 
     def age(self, slots: torch.Tensor, most_pages: int) -> list[torch.Tensor]:
-        """Pool older pages of sequences [r]; see `prune` for what is returned, level by level."""
+        """Merge older pages of sequences [r]; see `prune` for what is returned, level by level."""
         drops = []
         for level in range(self._num_levels):
             self._lists.clear()
             pages = self._table.page[slots, :most_pages]
-            pair, drop = pool_level(
-                self._codec, self._pool, slots, pages, self._stats(slots, most_pages), level
+            group, drop = merge_level(
+                self._codec, self._pool, slots, pages, self._stats(slots, most_pages),
+                self._ageing, level, self._merge,
             )
             if self._statistics is not None:
-                self._statistics.join(*pair)
+                self._statistics.join(*group)
             if self._pool.score is not None:
-                self._pool.score[pair[0]] = self._pool.score[pair].amax(dim=0)
+                self._pool.score[group[0]] = self._pool.score[group].amax(dim=0)
             self._drop(slots, drop)
             drops.append(drop)
         return drops
@@ -150,8 +159,8 @@ class PageKeeper:
 
     @property
     def _num_levels(self) -> int:
-        """Times that pages are pooled as they age."""
-        return 0 if self._codec.ageing is None else self._codec.ageing.levels
+        """Times that pages are merged as they age."""
+        return 0 if self._ageing is None else self._ageing.levels
 
     def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
         """Give pages [r, m] back."""

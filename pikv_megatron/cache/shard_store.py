@@ -68,7 +68,11 @@ class ShardStore:
         self._has_token_scores = options.retention.needs_scores
         num_scores = 0 if retention is None else retention.num_scores
         kind = PagePool if self._codec.older is None else AgedPagePool
-        self.pool = kind(self._codec, page_size, has_replicas, num_scores, kv.device)
+        has_levels = self._codec.ageing is not None
+        has_levels |= retention is not None and retention.ageing is not None
+        self.pool = kind(
+            self._codec, page_size, has_replicas, num_scores, has_levels, kv.device
+        )
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
         metadata |= {"score": torch.float32} if self._has_token_scores else {}
@@ -305,6 +309,8 @@ class ShardStore:
         self.pool.position[pages] = full["position"]
         if self.pool.earlier_shards is not None:
             self.pool.earlier_shards[pages] = full["earlier"]
+        if self.pool.level is not None:
+            self.pool.level[pages] = 0
         if self.statistics is not None:
             self.statistics.start(pages)
         slots, keys = self._parts(pages, admission.page_row), full["keys"]
