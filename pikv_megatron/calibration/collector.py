@@ -1,17 +1,20 @@
 """Shows the windows of a text, layer by layer, to what is fitted to them.
 
-Legend: t tokens, np query heads, ng KV heads, w width.
+Legend: t tokens, np query heads, ng KV heads, w width, h hidden size, E experts on all ranks.
 """
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.calibration.registry import FITS
 from pikv_megatron.calibration.window import LayerWindow
+from pikv_megatron.transformer.cached_attention import by_row
 from pikv_megatron.transformer.context import PiKVInferenceContext
+from pikv_megatron.transformer.transformer_layer import PiKVLayerMixin
 
 Sums = dict[str, Tensor]  # by layer, fit and name
 
@@ -37,8 +40,7 @@ class Collector:
         self._sums: Sums = {}
         self._layers = {
             layer.spec.number - 1: _Listener(
-                self, layer, model.decoder.layers[layer.spec.number - 1].self_attention,
-                num_tokens, num_windows,
+                self, layer, model.decoder.layers[layer.spec.number - 1], num_tokens, num_windows
             ) for layer in context.sharded_layers
         }
 
@@ -75,20 +77,27 @@ class Collector:
 
 
 class _Listener:
-    """Puts the steps of a layer together to windows."""
+    """Puts the steps of a layer together to windows.
+
+    A step tells of its input, then of what it attends with, and of its experts at the end.
+    """
 
     def __init__(
-        self, owner: Collector, layer: LayerCache, attention: torch.nn.Module, num_tokens: int,
+        self, owner: Collector, cache: LayerCache, layer: PiKVLayerMixin, num_tokens: int,
         num_windows: int,
     ):
-        self._owner, self._spec, self._num_tokens = owner, layer.spec, num_tokens
+        attention = layer.self_attention
+        self._owner, self._spec, self._num_tokens = owner, cache.spec, num_tokens
+        self._layer = layer
         self._fits = {kind.__name__: kind(attention, num_windows) for kind in FITS}
         self._parts: list[tuple[Tensor, ...]] = []
+        self._hidden: Tensor | None = None
+        self._attended: tuple[Tensor, ...] = ()
         self._angles: Tensor | None = None
         self._is_interleaved = attention.config.rotary_interleaved
-        layer.on_attend = self._hear
-        if not layer.spec.kv.values_in_keys:
-            attention.register_forward_pre_hook(self._keep_angles, with_kwargs=True)
+        attention.register_forward_pre_hook(self._hear_input, with_kwargs=True)
+        cache.on_attend = self._hear
+        layer.mlp.register_forward_hook(self._end_step)
 
     def finish(self, sums: Sums, prefix: str) -> dict[str, Tensor]:
         found = {}
@@ -101,24 +110,36 @@ class _Listener:
 
     def _hear(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """A step's query [t, np, w], key and value [t, ng, w]."""
+        self._attended = query, key, value
+
+    def _end_step(self, mlp, args, output) -> None:
         if self._owner.window is None:
             return
-        self._parts.append((query, key, value))
-        if sum(len(part[1]) for part in self._parts) < self._num_tokens:
+        count = len(self._attended[0])
+        part = *self._attended, by_row(self._hidden, count)
+        choice = self._layer.expert_choice()
+        if choice is not None:
+            best = choice.best(1)[:count, 0]
+            part += (F.one_hot(best, self._layer.config.num_moe_experts).float(),)
+        self._parts.append(part)
+        if sum(len(part[0]) for part in self._parts) < self._num_tokens:
             return
-        states = (torch.cat(parts) for parts in zip(*self._parts))
+        query, key, value, hidden, *experts = (torch.cat(parts) for parts in zip(*self._parts))
         self._parts = []
         window = LayerWindow(
-            self._owner.window, self._spec.kv, *states, self._spec.softmax_scale, self._angles,
-            self._is_interleaved,
+            self._owner.window, self._spec.kv, query, key, value, self._spec.softmax_scale,
+            self._angles, self._is_interleaved, hidden, *(experts or [None]),
         )
         start = f"{self._spec.number - 1}."
         for name, fit in self._fits.items():
             parts = fit.of(window)
             self._owner.add({f"{start}{name}.{key}": part for key, part in parts.items()})
 
-    def _keep_angles(self, attention, args, kwargs) -> None:
-        """Angles by position [positions, 1, 1, w] come with every step."""
+    def _hear_input(self, attention, args, kwargs) -> None:
+        """Hidden states [sq, b, h], and angles by position [positions, 1, 1, w]."""
+        self._hidden = args[0]
+        if self._spec.kv.values_in_keys:
+            return
         table = kwargs.get("rotary_pos_emb")
         table = table[0] if isinstance(table, tuple) else table
         skips = attention.config.no_rope_freq

@@ -34,7 +34,7 @@ class PiKVLayerMixin(LeanLayerMixin):
         output = super().forward(hidden_states, *args, **kwargs)
         context = kwargs.get("inference_context")
         if isinstance(context, PiKVInferenceContext) and not self.training:
-            experts, choice = None, self._choice() if context.keeps_experts else None
+            experts, choice = None, self.expert_choice() if context.keeps_experts else None
             if choice is not None:
                 experts = self._best_experts(choice, context, *hidden_states.shape[:2])
             if choice is not None and context.keeps_last_experts:
@@ -43,7 +43,7 @@ class PiKVLayerMixin(LeanLayerMixin):
         self._router_probs = None
         return output
 
-    def _choice(self) -> ExpertChoice | None:
+    def expert_choice(self) -> ExpertChoice | None:
         """Of the step's tokens, with its padding; None in a layer without experts."""
         if isinstance(self.mlp, LeanMoELayer):
             return self.mlp.choice
