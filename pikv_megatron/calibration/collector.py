@@ -24,13 +24,15 @@ class Collector:
         model: of the context.
         num_tokens: that are fed of a window.
         num_windows: of all ranks.
+        per_expert: tokens are to be told apart by their experts.
 
     Attributes:
         window: number of the window that this rank feeds; None: it feeds none that counts.
     """
 
     def __init__(
-        self, context: PiKVInferenceContext, model: GPTModel, num_tokens: int, num_windows: int
+        self, context: PiKVInferenceContext, model: GPTModel, num_tokens: int, num_windows: int,
+        per_expert: bool = False,
     ):
         self.window: int | None = None
         self._group, self._rank = context.ep_group, context.rank
@@ -38,9 +40,11 @@ class Collector:
         self._layers = {
             layer.spec.number - 1: _Listener(
                 self, layer, model.decoder.layers[layer.spec.number - 1].self_attention,
-                num_tokens, num_windows,
+                num_tokens, num_windows, per_expert,
             ) for layer in context.sharded_layers
         }
+        if per_expert:
+            context.on_experts = self._hear_experts
 
     def add(self, parts: Sums) -> None:
         """Add what a window gives."""
@@ -73,16 +77,21 @@ class Collector:
             self._layers.items()
         }
 
+    def _hear_experts(self, layer_number: int, experts: Tensor | None) -> None:
+        if self.window is not None and layer_number - 1 in self._layers:
+            self._layers[layer_number - 1].hear_experts(experts)
+
 
 class _Listener:
     """Puts the steps of a layer together to windows."""
 
     def __init__(
         self, owner: Collector, layer: LayerCache, attention: torch.nn.Module, num_tokens: int,
-        num_windows: int,
+        num_windows: int, per_expert: bool,
     ):
         self._owner, self._spec, self._num_tokens = owner, layer.spec, num_tokens
         self._fits = {kind.__name__: kind(attention, num_windows) for kind in FITS}
+        self._per_expert = per_expert
         self._parts: list[tuple[Tensor, ...]] = []
         self._angles: Tensor | None = None
         self._is_interleaved = attention.config.rotary_interleaved
@@ -99,18 +108,30 @@ class _Listener:
                 found |= fit.finish(own)
         return found
 
+    def hear_experts(self, experts: Tensor | None) -> None:
+        """Those of the step that was heard last, [t, 1], best first; None: the layer has none."""
+        key = self._parts[-1][1]
+        experts = key.new_zeros(len(key), 1) if experts is None else experts
+        self._parts[-1] += (experts[:, 0].long(),)
+        self._add_up()
+
     def _hear(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """A step's query [t, np, w], key and value [t, ng, w]."""
         if self._owner.window is None:
             return
         self._parts.append((query, key, value))
+        if not self._per_expert:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """What the window gives, once all its tokens were heard."""
         if sum(len(part[1]) for part in self._parts) < self._num_tokens:
             return
-        states = (torch.cat(parts) for parts in zip(*self._parts))
+        query, key, value, *experts = (torch.cat(parts) for parts in zip(*self._parts))
         self._parts = []
         window = LayerWindow(
-            self._owner.window, self._spec.kv, *states, self._spec.softmax_scale, self._angles,
-            self._is_interleaved,
+            self._owner.window, self._spec.kv, query, key, value, self._spec.softmax_scale,
+            self._angles, self._is_interleaved, *experts,
         )
         start = f"{self._spec.number - 1}."
         for name, fit in self._fits.items():

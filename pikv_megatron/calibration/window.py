@@ -46,6 +46,8 @@ class LayerWindow:
         softmax_scale: factor on the logits.
         angles: [w_r], by which a token is turned further than the one before it; None: unknown.
         is_interleaved: channels 2 i and 2 i + 1 are a pair, else i and i + w_r / 2.
+        experts: [t], int64, the best ones that the layer chose; all 0 where it has none; None: they
+            are not to be told apart.
     """
 
     number: int
@@ -56,6 +58,7 @@ class LayerWindow:
     softmax_scale: float
     angles: Tensor | None
     is_interleaved: bool
+    experts: Tensor | None = None
 
     @cached_property
     def far(self) -> FarAttention:
