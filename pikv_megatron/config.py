@@ -8,10 +8,12 @@ from pydantic import ByteSize, Field, ValidationError, model_validator
 
 from pikv_megatron.calibrated import Layers, load_calibrated
 from pikv_megatron.codec.calibration import EXPERTS, read_moments, read_shard_moments
+from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
-from pikv_megatron.sketch.keys import KeysOptions
 from pikv_megatron.presets import preset_values
+from pikv_megatron.sketch.keys import KeysOptions
+from pikv_megatron.sketch.none import NoSketchOptions
 
 MAX_EXPERT_SHARDS = 32
 
@@ -176,6 +178,8 @@ class PiKVConfig(LayerOptions):
                     "sketch keys judges keys as RoPE turned them, of one basis a sequence: leave "
                     "out codec.keys before_rope and per_expert, or name another sketch"
                 )
+            if spec.options.retention.merges:
+                _check_merged(spec.options, codec, self)
             is_pooled = codec.pooled > 1 or codec.ageing is not None
             if is_pooled and needs_bounds and not isinstance(spec.options.sketch, KeysOptions):
                 raise ValueError(
@@ -238,6 +242,28 @@ class PiKVConfig(LayerOptions):
         options = LayerOptions(**methods).resolved()
         budget = options.budget.for_layer(layer, num_layers)
         return options.model_copy(update={"budget": budget})
+
+
+def _check_merged(options: LayerOptions, codec: PageCodec, config: PiKVConfig) -> None:
+    """Whether a page may hold other tokens in each head, of several pages as they were."""
+    transform = options.codec.transform
+    others = {
+        f"codec.transform {transform.name} pools tokens": codec.pooled > 1,
+        f"codec.transform {transform.name} merges older pages": codec.ageing is not None,
+        f"codec.transform {transform.name} has a basis for each expert": transform.is_by_expert,
+        f"codec.format {options.codec.format.name} packs older pages": codec.older is not None,
+        "codec.keys before_rope turns keys by their pages' positions": codec.angles is not None,
+        f"replicas {config.replicas} hides tokens one by one": config.replicas > 1,
+        f"pinned {config.pinned} keeps tokens in all heads": config.pinned > 0,
+        f"sketch {options.sketch.name} is of the pages as they were":
+            not isinstance(options.sketch, KeysOptions | NoSketchOptions),
+    }
+    found = next((said for said, is_so in others.items() if is_so), None)
+    if found is not None:
+        raise ValueError(
+            f"retention {options.retention.name} keeps other tokens in each head, and {found}: "
+            "leave one of them out; sketch keys goes with it"
+        )
 
 
 def _check_recordable(options: LayerOptions) -> None:

@@ -63,10 +63,11 @@ class LayerOptions(BaseModel):
             )
         if self.selector.needs_bounds or self.selector.samples:
             self._check_promise()
-        if self.budget is not None and isinstance(self.retention, KeepAllOptions):
+        if self.budget is not None and not self.retention.takes_budget:
             raise ValueError(
-                f"budget {self.budget.name} limits the pages that stay, and retention is all: name "
-                "a retention policy, h2o or streaming, or leave budget out"
+                f"budget {self.budget.name} limits the pages that stay, and retention is "
+                f"{self.retention.name}: name a retention policy, h2o or streaming, or leave "
+                "budget out"
             )
         budget = self.budget or ShareBudget()
         return self.model_copy(update={"sketch": sketch, "budget": budget})

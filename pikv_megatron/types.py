@@ -326,3 +326,22 @@ class PageStats(NamedTuple):
     def own_shard(self) -> Tensor:
         """`shard`, 0 for padding."""
         return self.shard.masked_fill(~self.is_page, 0)
+
+
+class Ageing(NamedTuple):
+    """How older pages of a shard become fewer.
+
+    Attributes:
+        young: pages of each level that stay as they are.
+        levels: times that a page takes part, at most.
+        pages: that become one.
+    """
+
+    young: int
+    levels: int
+    pages: int = 2
+
+    def most(self, num_pages: int, num_shards: int) -> int:
+        """Most pages that are left of so many in so many shards."""
+        waiting = num_shards * self.levels * (self.young + self.pages - 1)
+        return min(num_pages, waiting + num_shards + num_pages // self.pages**self.levels)

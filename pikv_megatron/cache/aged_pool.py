@@ -22,8 +22,8 @@ class AgedPagePool(PagePool):
         Places 2, ~0, 0: page 1 is the first of the older ones, pages 0 and 2 are new.
     """
 
-    def __init__(self, codec, page_size, has_replicas, num_scores, device):
-        super().__init__(codec, page_size, has_replicas, num_scores, device)
+    def __init__(self, codec, page_size, has_replicas, num_scores, has_levels, device):
+        super().__init__(codec, page_size, has_replicas, num_scores, has_levels, device)
         self._codec = codec
         self.old: KVPages = codec.allocate_old(1)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)

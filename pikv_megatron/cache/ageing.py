@@ -1,47 +1,63 @@
-"""Older pages of a shard, and how they become one, two by two, level by level (PyramidKV).
+"""Older pages of a shard, and how several become one, level by level.
 
-Legend: r sequences, m columns, c pairs, ng KV heads, S tokens a page, w width.
+Legend: r sequences, m columns, c groups, ng KV heads, S tokens a page, w width.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.codec.codec import PageCodec
-from pikv_megatron.types import PageStats
+from pikv_megatron.types import Ageing, PageStats
+
+# Keys and values [ng, c, pages * S, w] and positions [c, pages * S] of groups -> keys and values
+# [ng, c, S, w].
+Merge = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def pool_level(
-    codec: PageCodec, pool: PagePool, slots: Tensor, pages: Tensor, stats: PageStats, level: int
+def merge_level(
+    codec: PageCodec, pool: PagePool, slots: Tensor, pages: Tensor, stats: PageStats,
+    ageing: Ageing, level: int, merge: Merge,
 ) -> tuple[Tensor, Tensor]:
-    """Pool the old pages of one level, in place: the older page of a pair then holds both.
+    """Merge the old pages of one level, in place: the oldest page of a group then holds all of it.
 
     Args:
         slots: [r], the sequences.
         pages: [r, m], page numbers.
         stats: of them.
-        level: times that the pages were pooled before.
+        ageing: how many become one, and which are old.
+        level: times that the pages were merged before.
+        merge: what is left of a group's tokens.
 
     Returns:
-        The older and the newer page of each pair, [2, c]; and [r, m], bool, True for the newer.
+        The pages of each group, oldest first, [group, c]; and [r, m], bool, True for all but the
+        oldest.
     """
-    levels = codec.levels(pool.kv, pages)
-    shards = pool.shard[pages]
-    column, is_first = _pairs(
-        stats.is_page & (levels == level), shards, stats.newest, codec.ageing.young
-    )
+    is_mine = stats.is_page & (pool.level[pages] == level)
+    column, is_first = _groups(is_mine, pool.shard[pages], stats.newest, ageing)
     row, place = is_first.nonzero(as_tuple=True)
-    older, newer = column[row, place], column[row, place + 1]
-    pair = torch.stack([pages[row, older], pages[row, newer]])
+    columns = [column[row, place + i] for i in range(ageing.pages)]
+    group = torch.stack([pages[row, each] for each in columns])
     if row.numel():
-        owners = slots[row]
-        parts = [codec.restore(pool.kv, page, owners) for page in pair]
-        tokens = [_pooled(torch.cat(part, dim=2)) for part in zip(*parts)]
-        codec.seal(*tokens, pool.kv, pair[0], owners, level + 1)
-        pool.position[pair[0]] = torch.cat([pool.position[page] for page in pair], dim=1)[:, 1::2]
+        owners, position = slots[row], torch.cat([pool.position[page] for page in group], dim=1)
+        parts = [pool.restore(codec, page, owners) for page in group]
+        keys, values = (torch.cat(part, dim=2) for part in zip(*parts))
+        kept = merge(keys, values, position)
+        times = 0 if codec.ageing is None else level + 1
+        codec.seal(*kept, pool.kv, pool.places(group[0]), owners, times)
+        pool.position[group[0]] = position[:, ageing.pages - 1 :: ageing.pages]
+        pool.level[group[0]] = level + 1
     drop = torch.zeros_like(stats.is_page)
-    drop[row, newer] = True
-    return pair, drop
+    for each in columns[1:]:
+        drop[row, each] = True
+    return group, drop
+
+
+def mean_of_pairs(keys: Tensor, values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbours become their mean, [ng, c, 2 S, w] -> [ng, c, S, w]."""
+    return tuple(x.unflatten(2, (-1, 2)).mean(dim=3) for x in (keys, values))
 
 
 def old_pages(stats: PageStats, num_young: int) -> Tensor:
@@ -51,21 +67,17 @@ def old_pages(stats: PageStats, num_young: int) -> Tensor:
     return torch.zeros_like(is_old).scatter_(1, column, is_old)
 
 
-def _pooled(x: Tensor) -> Tensor:
-    """[ng, c, 2 S, w] -> [ng, c, S, w]."""
-    return x.unflatten(2, (-1, 2)).mean(dim=3)
-
-
-def _pairs(
-    is_mine: Tensor, shard: Tensor, newest: Tensor, num_young: int
+def _groups(
+    is_mine: Tensor, shard: Tensor, newest: Tensor, ageing: Ageing
 ) -> tuple[Tensor, Tensor]:
-    """Columns shard by shard, oldest first, [r, m]; and which of these begin a pair, [r, m].
+    """Columns shard by shard, oldest first, [r, m]; and which of these begin a group, [r, m].
 
     Example:
-        One shard, 5 pages, 2 young ones: the oldest two are a pair, the third waits for a partner.
+        One shard, 5 pages, 2 young ones, pairs: the oldest two are one, the third waits.
     """
     column, index, start, end = _by_age(is_mine, shard, newest)
-    is_first = ((index - start) % 2 == 0) & (end - index >= num_young + 1)
+    is_first = (index - start) % ageing.pages == 0
+    is_first &= end - index >= ageing.young + ageing.pages - 1
     return column, is_first & is_mine.gather(1, column)
 
 

@@ -160,7 +160,7 @@ class LayerCache:
     def score(self, prompts: Sequence[Prompt], plan: StepPlan) -> None:
         """Let the retention policy score a step's prompts, in the order of `StepPlan.prefill.rows`;
         a decoded token has no score: inf, so that its page stays."""
-        scores = [self.store.retention.score(prompt) for prompt in prompts]
+        scores = [self.store.keeper.retention.score(prompt) for prompt in prompts]
         decoded = self.window.score.new_full((plan.decode.num_rows,), torch.inf)
         self._scores = torch.cat([decoded, *scores])
 
@@ -296,7 +296,7 @@ class LayerCache:
             shares = _first(self._expert_shares, part.num_rows)
         if self.directory is None:
             return choose(self.router, self.selector, Ask(*who, expert_shares=shares))
-        num_columns = self.store.num_columns(part.most_pages)
+        num_columns = self.store.keeper.num_columns(part.most_pages)
         listed = self.directory.listed(slots, part.own_reads.key, num_columns)
         if self.directory.asks_owners:
             judge = OwnerJudge(
@@ -451,11 +451,11 @@ class LayerCache:
             block = block.sent(self._wire, lambda rows: rows)
         stored = flush.once("stored", lambda: self.store.admit(block, flush.num_stored))
         self.store.insert(block, stored)
-        if self.store.drops:
+        if self.store.keeper.drops:
             if self.store.statistics is not None and self._prompts is not None:
                 self._observe(plan)
             self._prune(plan)
-        self.store.grow_old(flush.numbers.all_slots, flush.most_pages)
+        self.store.keeper.grow_old(flush.numbers.all_slots, flush.most_pages)
 
     def _observe(self, plan: StepPlan) -> None:
         """Let the prompts' last queries judge every page, those just sealed included.
@@ -486,14 +486,15 @@ class LayerCache:
         too."""
         flush = plan.flush
         slots = flush.numbers.all_slots
-        drops = self.store.age(slots, flush.most_pages)
-        if self.store.retention is not None and not self.peers:
-            drops.append(self.store.prune(slots, flush.most_pages))
+        drops = self.store.keeper.age(slots, flush.most_pages)
+        if self.store.keeper.prunes and not self.peers:
+            drops.append(self.store.keeper.prune(slots, flush.most_pages))
         for drop in drops:
             self._tell_homes(drop, plan)
         # What a page is worth to all layers is known behind the last of them.
         if self.peers and self is self.peers[-1]:
-            drop = self.store.prune(slots, flush.most_pages, [peer.store for peer in self.peers])
+            keepers = [peer.store.keeper for peer in self.peers]
+            drop = self.store.keeper.prune(slots, flush.most_pages, keepers)
             for peer in self.peers:
                 peer._tell_homes(drop, plan)
 

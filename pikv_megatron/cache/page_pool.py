@@ -17,12 +17,13 @@ class PagePool:
         shard: [p + 1], int32, the shard a page belongs to.
         earlier_shards: [p + 1, S], int64 replica masks, or None without replicas.
         score: [p + 1, scores], float32, of a page, or None where retention does not ask for it.
+        level: [p + 1], int32, how often a page took part as pages became fewer; None: they never do.
         free: which pages are free.
     """
 
     def __init__(
         self, codec: PageCodec, page_size: int, has_replicas: bool, num_scores: int,
-        device: torch.device,
+        has_levels: bool, device: torch.device,
     ):
         self.free = FreeList(device)
         self.kv: KVPages = codec.allocate(1)
@@ -32,6 +33,9 @@ class PagePool:
             torch.zeros(1, page_size, dtype=torch.int64, device=device) if has_replicas else None
         )
         self.score = torch.zeros(1, num_scores, device=device) if num_scores else None
+        self.level = None
+        if has_levels:
+            self.level = torch.zeros(1, dtype=torch.int32, device=device)
 
     @property
     def null_page(self) -> int:
@@ -83,6 +87,8 @@ class PagePool:
             self.earlier_shards = widen(self.earlier_shards, missing, 0)
         if self.score is not None:
             self.score = widen(self.score, missing, 0)
+        if self.level is not None:
+            self.level = widen(self.level, missing, 0)
         return missing
 
     def compact(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +101,8 @@ class PagePool:
             self.earlier_shards = narrow(self.earlier_shards, kept, 0)
         if self.score is not None:
             self.score = narrow(self.score, kept, 0)
+        if self.level is not None:
+            self.level = narrow(self.level, kept, 0)
         return kept, number
 
     def growth_bytes(self, count: int, num_old: int = 0) -> int:
@@ -131,4 +139,4 @@ class PagePool:
         self.kv = narrow_fields(self.kv, kept)
 
     def _described(self) -> list[torch.Tensor | None]:
-        return [self.position, self.shard, self.earlier_shards, self.score]
+        return [self.position, self.shard, self.earlier_shards, self.score, self.level]

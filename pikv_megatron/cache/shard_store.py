@@ -6,28 +6,26 @@ with a token buffer.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
 from pikv_megatron.cache.aged_pool import AgedPagePool
-from pikv_megatron.cache.ageing import old_pages, pool_level
 from pikv_megatron.cache.first_pages import fit_new
 from pikv_megatron.cache.ledger import Admission, PageLedger
 from pikv_megatron.cache.owner_reads import OwnerReads
+from pikv_megatron.cache.page_keeper import PageKeeper
 from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.cache.page_statistics import PageStatistics
 from pikv_megatron.cache.page_table import PageTable
 from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.store_lists import StoreLists
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.layer_spec import LayerSpec
-from pikv_megatron.retention.base import beyond
-from pikv_megatron.types import AttentionState, KeyTurn, KVPages, PageList, PageStats
+from pikv_megatron.types import AttentionState, PageList
 
-Kept = TypeVar("Kept")
 TABLE = "table", "lens"  # of a list: which pages, and how much of them
 
 
@@ -45,6 +43,7 @@ class ShardStore:
         num_positions: that tokens can have, where keys are stored before RoPE.
 
     Attributes:
+        keeper: of pages.
         on_read: told what queries read, as asked and as lists of pages and of token buffers; None:
             nobody asks.
         on_seal: told of the keys, values, page numbers and sequences of pages that were sealed;
@@ -59,24 +58,25 @@ class ShardStore:
         self.placement = placement
         self.page_size = page_size
         self.num_slots = num_slots
-        self.retention = options.retention.build(spec.fitted)
-        self._budget, self._kv, self._pinned = options.budget, kv, pinned
-        self._softmax_scale, self._num_heads = spec.softmax_scale, spec.num_heads
+        self._kv = kv
+        retention = options.retention.build(spec.fitted)
+        self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(
             kv, page_size, num_slots, spec.moments, placement.own_shards, num_positions
         )
         self._has_token_scores = options.retention.needs_scores
-        num_scores = 0 if self.retention is None else self.retention.num_scores
+        num_scores = 0 if retention is None else retention.num_scores
         kind = PagePool if self._codec.older is None else AgedPagePool
-        self.pool = kind(self._codec, page_size, has_replicas, num_scores, kv.device)
+        has_levels = self._codec.ageing is not None
+        has_levels |= retention is not None and retention.ageing is not None
+        self.pool = kind(
+            self._codec, page_size, has_replicas, num_scores, has_levels, kv.device
+        )
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
         metadata |= {"score": torch.float32} if self._has_token_scores else {}
         self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
-        self._open_pages = KVPages.plain(
-            self.buffers.tensors["keys"], self.buffers.tensors.get("values"), kv.value_width
-        )
         self.table = PageTable(num_slots, max_pages, kv.device)
         self.statistics = None
         if options.retention.needs_mass:
@@ -84,8 +84,13 @@ class ShardStore:
                 kv.num_groups, spec.num_heads, num_slots, kv.device,
                 options.retention.use_threshold,
             )
-        # What is read where nothing is left out changes with a flush only.
-        self._lists: dict[tuple, PageList | torch.Tensor] = {}
+        self._lists = StoreLists(
+            self.pool, self.table, self.buffers, placement, kv, spec.num_heads, self._codec.angles
+        )
+        self.keeper = PageKeeper(
+            retention, options.budget, pinned, self._codec, placement, self.pool, self.table,
+            self.ledger, self.statistics, self._lists,
+        )
         self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
 
@@ -112,77 +117,10 @@ class ShardStore:
             return own
         return own + self.statistics.growth_bytes(self.pool.free.missing(num_pages))
 
-    def num_columns(self, most_pages: int) -> int:
-        """At least the pages that a sequence has here between two flushes, where it has filled at
-        most so many."""
-        if self._codec.ageing is not None:
-            most_pages = self._codec.ageing.most(most_pages, self._shards)
-        if self.retention is None:
-            return most_pages
-        if self.retention.keeps_none:
-            return min(most_pages, self._pinned.most_pages)
-        most_kept = self._budget.most(most_pages, self._shards) + self._pinned.most_pages
-        return min(most_pages, most_kept)
-
-    def num_old(self, num_columns: int) -> int:
-        """Those of a sequence's pages that are stored as older ones are, if all shards have as
-        many."""
-        older = self._codec.older
-        return 0 if older is None else max(0, num_columns - older.young * self._shards)
-
     @property
     def angles(self) -> KeyAngles | None:
         """Of keys that are stored before RoPE; None: they are stored behind it."""
         return self._codec.angles
-
-    @property
-    def drops(self) -> bool:
-        """Whether pages are given back before their sequence ends."""
-        return self.num_verdicts > 0
-
-    @property
-    def sums_layers(self) -> bool:
-        """Whether layers of the same policy keep the same pages."""
-        policy = self.retention
-        return policy is not None and policy.sums_layers and not policy.keeps_none
-
-    @property
-    def exceeds(self) -> bool:
-        """Whether what a step fills takes, for the moment, more than is left of it."""
-        return self.drops or self._codec.older is not None
-
-    @property
-    def num_verdicts(self) -> int:
-        """Lists of dropped columns that a flush gives: one a level of ageing, one of retention."""
-        return self._num_levels + (self.retention is not None)
-
-    def age(self, slots: torch.Tensor, most_pages: int) -> list[torch.Tensor]:
-        """Pool older pages of sequences [r]; see `prune` for what is returned, level by level."""
-        drops = []
-        for level in range(self._num_levels):
-            self._lists.clear()
-            pages = self.table.page[slots, :most_pages]
-            pair, drop = pool_level(
-                self._codec, self.pool, slots, pages, self._stats(slots, most_pages), level
-            )
-            if self.statistics is not None:
-                self.statistics.join(*pair)
-            if self.pool.score is not None:
-                self.pool.score[pair[0]] = self.pool.score[pair].amax(dim=0)
-            self._drop(slots, drop)
-            drops.append(drop)
-        return drops
-
-    def grow_old(self, slots: torch.Tensor, most_pages: int) -> None:
-        """Store pages of sequences [r] that are among the newest no longer as older ones."""
-        older = self._codec.older
-        if older is not None:
-            self._lists.clear()
-            pages = self.table.page[slots, :most_pages]
-            is_old = old_pages(self._stats(slots, most_pages), older.young)
-            moved = pages[is_old & (self.pool.place[pages] >= 0)]
-            if moved.numel():
-                self.pool.grow_old(moved)
 
     def admit(self, block: TokenBlock, num_pages: int | None = None) -> Admission:
         """Number tokens, the same in every layer that places them alike; `num_pages` as of the
@@ -214,7 +152,7 @@ class ShardStore:
             reads: which sequences, and which part of them.
             near: lists that are attended to besides, in the same softmax.
         """
-        sealed, opened = self._list(reads)
+        sealed, opened = self._read(reads)
         return self._attend(query, reads, sealed, [opened, *near])[0]
 
     def attend_decoding(
@@ -234,7 +172,7 @@ class ShardStore:
         """
         if self.statistics is None and not by_shard:
             return self.attend(query, reads, near), None
-        sealed, opened = self._list(reads)
+        sealed, opened = self._read(reads)
         state, mass, (of_open, *_) = self._attend(query, reads, sealed, [opened, *near], True)
         if self.statistics is not None:
             pages = torch.where(sealed.lens > 0, sealed.table, -1)
@@ -247,11 +185,7 @@ class ShardStore:
     def page_logits(self, query: torch.Tensor, reads: OwnerReads) -> torch.Tensor:
         """What query [n, np, hn] would find in every page of n sequences here, from its stored
         keys: [n, np, m], see `PageCodec.page_logits`."""
-        num_columns = self.num_columns(reads.num_columns)
-        sealed = self._kept(
-            "sealed", None if reads.key is None else (num_columns, reads.key),
-            lambda: self._sealed(reads, num_columns),
-        )
+        sealed = self._lists.sealed(reads, self.keeper.num_columns(reads.num_columns))
         lists, parts = self.pool.lists(sealed), None
         if self._codec.num_bases > 1:
             parts = [self._part(sealed.table)] * len(lists)
@@ -266,43 +200,12 @@ class ShardStore:
             reads: the sequence, with at least the pages that it has before the next `prune`, and
                 the position of its last query.
         """
-        sealed = self._sealed(reads, reads.num_columns)
+        sealed = self._lists.sealed(reads, reads.num_columns)
         state, mass, _ = self._attend(query, reads, sealed, [], with_mass=True)
         shares = mass * (state.lse - lse).exp().unsqueeze(3)
         pages = torch.where(sealed.lens > 0, sealed.table, -1)
         age = torch.arange(query.shape[1] - 1, -1, -1, device=query.device)
         self.statistics.observe(pages, shares, reads.positions.unsqueeze(1) - age)
-
-    def prune(
-        self, slots: torch.Tensor, most_pages: int, peers: "Sequence[ShardStore]" = ()
-    ) -> torch.Tensor:
-        """Drop the pages that the budget does not allow.
-
-        Args:
-            slots: [r], int64, each once.
-            most_pages: at least the pages that any of them ever filled here.
-            peers: stores of layers that hold the same pages, this one's among them, which decide
-                together; none: this one decides.
-
-        Returns:
-            [r, m], bool, the columns that were dropped, here and from all peers.
-        """
-        stats = self._stats(slots, most_pages)
-        filled = self.ledger.num_tokens[:-1].view(-1, self._shards)[slots] // self.page_size
-        limit = self._budget.limit(filled)
-        if self._pinned.num_tokens:
-            pages = self.table.page[slots, :most_pages].where(stats.is_page, self.pool.null_page)
-            oldest = self.pool.position[pages, 0].long()
-            stats, limit = self._pinned.set_aside(stats, oldest, limit)
-        if peers:
-            worth = (peer.retention.utility(peer._stats(slots, most_pages)) for peer in peers)
-            drop = beyond(stats, sum(worth), limit)
-        else:
-            drop = self.retention.drop(stats, limit)
-        for store in peers or (self,):
-            store._lists.clear()
-            store._drop(slots, drop)
-        return drop
 
     def release(self, slot: int) -> None:
         """Give back every page and buffer of a sequence."""
@@ -356,17 +259,12 @@ class ShardStore:
         assert torch.equal(filled, self.ledger.num_pages), "page counts disagree with token counts"
         kept = self.table.count
         assert bool((kept <= filled).all()), "more pages listed than were filled"
-        assert self.drops or torch.equal(kept, filled), "pages are missing"
+        assert self.keeper.drops or torch.equal(kept, filled), "pages are missing"
 
     def holds(self, slot: int) -> bool:
         """Whether any token of a sequence is stored."""
         first = slot * self._shards
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
-
-    @property
-    def _num_levels(self) -> int:
-        """Times that pages are pooled as they age."""
-        return 0 if self._codec.ageing is None else self._codec.ageing.levels
 
     def _attend(
         self, query: torch.Tensor, reads: OwnerReads, sealed: PageList, plain: list[PageList],
@@ -374,11 +272,7 @@ class ShardStore:
     ) -> tuple[AttentionState, torch.Tensor | None, list[torch.Tensor]]:
         """The attention, and if asked for the masses of the sealed pages and of the other lists;
         nobody asks where pages are drawn."""
-        lists = self._kept(
-            "lists", None if reads.key is None or not reads.is_everything
-            else (sealed.table.shape[1], reads.key),
-            lambda: self.pool.lists(sealed),
-        )
+        lists = self._lists.stored(reads, sealed)
         drawn = [(part, each) for each in self._drawn(reads) for part in self.pool.lists(each)]
         parts = None
         if self._codec.num_bases > 1:
@@ -414,6 +308,8 @@ class ShardStore:
         self.pool.position[pages] = full["position"]
         if self.pool.earlier_shards is not None:
             self.pool.earlier_shards[pages] = full["earlier"]
+        if self.pool.level is not None:
+            self.pool.level[pages] = 0
         if self.statistics is not None:
             self.statistics.start(pages)
         slots, keys = self._parts(pages, admission.page_row), full["keys"]
@@ -421,7 +317,8 @@ class ShardStore:
         if self._has_token_scores:
             self.pool.score[pages] = full["score"].mean(dim=1, keepdim=True)
         elif self.pool.score is not None:
-            self.pool.score[pages] = self.retention.score_pages(keys, values, full["position"])
+            policy = self.keeper.retention
+            self.pool.score[pages] = policy.score_pages(keys, values, full["position"])
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, keys, values)
         self._codec.seal(
@@ -431,14 +328,6 @@ class ShardStore:
             real = admission.is_page.nonzero().squeeze(1)
             row = admission.page_row[real]
             self.on_seal(keys[:, real], values[:, real], pages[real], row)
-
-    def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
-        """Give pages [r, m] back."""
-        pages, is_dropped = (x.flatten() for x in self.table.apply(slots, drop))
-        if pages.numel():
-            self.pool.release_some(pages, is_dropped)
-            if self.statistics is not None:
-                self.statistics.forget(pages, is_dropped)
 
     def _count(
         self, reads: OwnerReads, pages: torch.Tensor, shares: torch.Tensor, lse: torch.Tensor,
@@ -452,32 +341,10 @@ class ShardStore:
             self.statistics.credit(reads.slots, last_lse)
             self.statistics.hold(reads.slots, pages, shares, lse, reads.positions)
 
-    def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
-        is_page = self.table.is_page(slots, num_columns)
-        pages = torch.where(is_page, self.table.page[slots, :num_columns], self.pool.null_page)
-        newest = self.pool.position[pages, -1].long()
-        shard = self.placement.local_shard(self.pool.shard[pages].long())
-        score = None if self.pool.score is None else self.pool.score[pages]
-        stats = PageStats(is_page, newest, shard, score=score)
-        if self.statistics is None:
-            return stats
-        counted = (
-            (name, getattr(self.statistics, name))
-            for name in ("mass", "seen", "observed", "last_used", "uses")
-        )
-        return stats._replace(**{name: t[pages] for name, t in counted if t is not None})
-
-    def _list(self, reads: OwnerReads) -> tuple[PageList, PageList]:
+    def _read(self, reads: OwnerReads) -> tuple[PageList, PageList]:
         """Pages and token buffers that are read."""
-        num_columns = self.num_columns(reads.num_columns)
-        kept = None if reads.key is None else (num_columns, reads.key)
-        sealed = self._kept(
-            "sealed", kept if reads.is_everything else None,
-            lambda: self._sealed(reads, num_columns),
-        )
-        opened = self._kept(
-            "open", kept if reads.visited is None else None, lambda: self._open(reads)
-        )
+        sealed = self._lists.sealed(reads, self.keeper.num_columns(reads.num_columns))
+        opened = self._lists.opened(reads)
         if self.on_read is not None:
             every = [sealed, *self._drawn(reads)]
             table, lens = (torch.cat([getattr(x, name) for x in every], 1) for name in TABLE)
@@ -485,74 +352,4 @@ class ShardStore:
         return sealed, opened
 
     def _drawn(self, reads: OwnerReads) -> list[PageList]:
-        """Pages that stand for others."""
-        if reads.drawn is None:
-            return []
-        pages, is_read = self._pages(
-            reads._replace(columns=reads.drawn), self.num_columns(reads.num_columns)
-        )
-        weight = reads.log_weight.view(-1, 1, 1).expand(-1, 1, self._num_heads)
-        lens, turn = is_read.int() * self.page_size, self._turn(pages)
-        return [PageList(self.pool.kv, pages, lens, None, weight, turn)]
-
-    def _kept(
-        self, name: str, key: tuple | None, make: Callable[[], Kept]
-    ) -> Kept:
-        """What was made for a key since the last flush, or is made now."""
-        if key is None:
-            return make()
-        if (name, key) not in self._lists:
-            self._lists[name, key] = make()
-        return self._lists[name, key]
-
-    def _sealed(self, reads: OwnerReads, num_columns: int) -> PageList:
-        pages, is_read = self._pages(reads, num_columns)
-        mask = None
-        if self.pool.earlier_shards is not None:
-            mask = _is_first_replica(self.pool.earlier_shards[pages], reads.visited)
-        lens, turn = is_read.int() * self.page_size, self._turn(pages)
-        return PageList(self.pool.kv, pages, lens, mask, turn=turn)
-
-    def _turn(self, pages: torch.Tensor) -> KeyTurn | None:
-        """What turns the keys of listed pages [n, m]."""
-        return None if self.angles is None else self.angles.turn(self.pool.position, pages)
-
-    def _pages(
-        self, reads: OwnerReads, num_columns: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page numbers [n, k], those that are read first and any behind them, and which of them are
-        read."""
-        pages = self._kept(
-            "pages", None if reads.key is None else (num_columns, reads.key),
-            lambda: self.table.page[reads.slots, :num_columns],
-        )
-        if reads.columns is not None:
-            return pages.gather(1, reads.columns.clamp(min=0)), reads.columns >= 0
-        is_read = self.table.is_page(reads.slots, num_columns)
-        if reads.visited is None:
-            return pages, is_read
-        shard = self.pool.shard[torch.where(is_read, pages, self.pool.null_page)].long()
-        is_read &= reads.visited.gather(1, shard)
-        order = is_read.int().argsort(dim=1, descending=True, stable=True)
-        return pages.gather(1, order), is_read.gather(1, order)
-
-    def _open(self, reads: OwnerReads) -> PageList:
-        slots, visited = reads.slots, reads.visited
-        local = torch.arange(self._shards, device=slots.device)
-        table = slots.unsqueeze(1) * self._shards + local
-        lens = self.buffers.lens(table)
-        tensors = self.buffers.tensors
-        if visited is not None:
-            lens = lens * visited[:, self.placement.rank :: self.placement.num_ranks]
-        mask = None
-        if self.pool.earlier_shards is not None:
-            mask = _is_first_replica(tensors["earlier"][table], visited)
-        return PageList(self._open_pages, table, lens.int(), mask)
-
-
-def _is_first_replica(earlier: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:
-    """True where no visited shard holds a replica of lower order: earlier [n, m, S]."""
-    if visited is not None:
-        bits = (visited.long() << torch.arange(visited.shape[1], device=visited.device)).sum(dim=1)
-        earlier = earlier & bits.view(-1, 1, 1)
-    return earlier == 0
+        return self._lists.drawn(reads, self.keeper.num_columns(reads.num_columns))

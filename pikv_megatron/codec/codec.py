@@ -12,12 +12,12 @@ import torch
 
 from pikv_megatron.codec.format.base import FormatOptions
 from pikv_megatron.codec.key_angles import KeyAngles
-from pikv_megatron.codec.transform.base import Ageing, KVTransform
+from pikv_megatron.codec.transform.base import KVTransform
 from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.expand_pages import expand_pages
 from pikv_megatron.ops.merge_states import merge_states
 from pikv_megatron.ops.seal_page import seal_page
-from pikv_megatron.types import AttentionState, KVPages, KVShape, PageList, SharedRow
+from pikv_megatron.types import Ageing, AttentionState, KVPages, KVShape, PageList, SharedRow
 
 LEAST_MASS = torch.finfo(torch.float32).tiny  # whose logarithm there is
 
@@ -99,11 +99,6 @@ class PageCodec:
         seal_page(keys, None if old.values is None else values, old, old_page)
         if old.log_multiplicity is not None:
             old.log_multiplicity[old_page] = pages.log_multiplicity[page]
-
-    def levels(self, pages: KVPages, page: torch.Tensor) -> torch.Tensor:
-        """Times that pages [...] were pooled after they were sealed, int64."""
-        logs = pages.log_multiplicity[page] / math.log(2)
-        return logs.round().long() - (self.pooled.bit_length() - 1)
 
     def restore(
         self, pages: KVPages, page: torch.Tensor, slots: torch.Tensor,

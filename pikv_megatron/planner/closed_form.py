@@ -54,7 +54,7 @@ class ClosedForm:
             return None
         length, ranks, size = target.context, target.num_ranks, target.pikv.page_size
         filled = cache.footprint.enough_pages(target.last_in_shards, at_home=False)
-        pages = max(1, full[0].cache.store.num_columns(filled))
+        pages = max(1, full[0].cache.store.keeper.num_columns(filled))
         rho = _compression(full[0])
         unit = target.batch * sum(x.count * x.cache.spec.kv.token_bytes for x in full) / rho
         visited = getattr(full[0].cache.spec.options.router, "k", cache.placement.num_shards)

@@ -82,7 +82,8 @@ class PlannedCache:
 
     def num_columns(self, cache: LayerCache) -> int:
         """Columns of a sequence's pages on a rank in the last decode step."""
-        return cache.store.num_columns(self.footprint.most_pages(self._target.last_in_shards))
+        most = self.footprint.most_pages(self._target.last_in_shards)
+        return cache.store.keeper.num_columns(most)
 
     def num_read(self, cache: LayerCache) -> int:
         """Columns that a selector names of a sequence's pages on all ranks; without one, all."""

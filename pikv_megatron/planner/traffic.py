@@ -100,10 +100,10 @@ class _LayerTraffic:
         token = TOKEN_HEADER + self._layer.spec.options.codec.wire(kv).token_bytes(kv)
         tokens = float(target.num_own * token * self._cache.footprint.copies)
         per_flush = 0 if self._gathers else COUNT * ranks
-        if store.drops and self._layer.directory is not None:
+        if store.keeper.drops and self._layer.directory is not None:
             most = self._cache.footprint.most_pages(target.last_in_shards)
             rows = ranks * target.num_own if self._gathers else target.batch
-            per_flush += store.num_verdicts * rows * WORD * -(-most // 32)
+            per_flush += store.keeper.num_verdicts * rows * WORD * -(-most // 32)
         return tokens + per_flush / pikv.flush_interval
 
     def _header_words(self) -> int:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from pikv_megatron.options import Options
 from pikv_megatron.retention.prompt import Prompt
-from pikv_megatron.types import PageStats
+from pikv_megatron.types import Ageing, PageStats
 
 
 class RetentionPolicy(ABC):
@@ -26,12 +26,14 @@ class RetentionPolicy(ABC):
     Attributes:
         num_scores: numbers that are kept of a page from when it is sealed, `PageStats.score`.
         keeps_none: whatever the budget allows, no page of this layer stays.
+        ageing: how older pages become fewer, instead of a budget; None: pages stay or go whole.
         sums_layers: layers of the same policy sum up what a page is worth to each, and keep the
             same pages; those that keep none decide by themselves.
     """
 
     num_scores: int = 0
     keeps_none: bool = False
+    ageing: Ageing | None = None
     sums_layers: bool = False
 
     @abstractmethod
@@ -55,6 +57,21 @@ class RetentionPolicy(ABC):
         """
         raise NotImplementedError
 
+    def merge(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stays of groups of pages that become one; asked of policies with `ageing`.
+
+        Args:
+            keys: [ng, c, pages * S, w], rotated.
+            values: [ng, c, pages * S, w_v].
+            positions: [c, pages * S].
+
+        Returns:
+            Keys and values, [ng, c, S, w] and [ng, c, S, w_v].
+        """
+        raise NotImplementedError
+
     def drop(self, stats: PageStats, limit: torch.Tensor) -> torch.Tensor:
         """Pages to drop, [r, m], bool, so that at most limit [r, s] of each shard stay.
 
@@ -65,7 +82,15 @@ class RetentionPolicy(ABC):
 
 
 class RetentionOptions(Options):
-    """Parameters of a retention policy."""
+    """Parameters of a retention policy.
+
+    Attributes:
+        takes_budget: whether a budget says how many pages stay.
+        merges: whether older pages become fewer.
+    """
+
+    takes_budget: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, fitted: Mapping[str, torch.Tensor] | None = None) -> RetentionPolicy | None:

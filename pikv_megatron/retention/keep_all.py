@@ -1,6 +1,6 @@
 """The lossless retention policy."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pikv_megatron.retention.base import RetentionOptions
 
@@ -9,6 +9,8 @@ class KeepAllOptions(RetentionOptions):
     """Every page stays until its sequence ends: lossless."""
 
     name: Literal["all"] = "all"
+
+    takes_budget: ClassVar[bool] = False
 
     def build(self, fitted=None):
         return None

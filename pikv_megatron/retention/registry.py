@@ -12,8 +12,10 @@ from pikv_megatron.retention.lru_plus import LRUPlusOptions
 from pikv_megatron.retention.quest import QuestOptions
 from pikv_megatron.retention.snapkv import SnapKVOptions
 from pikv_megatron.retention.streaming import StreamingOptions
+from pikv_megatron.retention.token_eviction import TokenEvictionOptions
 
 Retention = family(
     KeepAllOptions, H2OOptions, SnapKVOptions, StreamingOptions, LRUOptions, LRUPlusOptions,
-    AdaKVOptions, ExpectedAttentionOptions, QuestOptions, DuoOptions, KVPressOptions,
+    AdaKVOptions, ExpectedAttentionOptions, QuestOptions, DuoOptions, TokenEvictionOptions,
+    KVPressOptions,
 )

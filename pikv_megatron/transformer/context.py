@@ -78,7 +78,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         sources = [layer.expert_source for layer in self.layers.values()]
         self.keeps_last_experts = "previous" in sources
         self.last_experts: torch.Tensor | None = None
-        peers = [layer for layer in self.sharded_layers if layer.store.sums_layers]
+        peers = [layer for layer in self.sharded_layers if layer.store.keeper.sums_layers]
         for layer in peers:
             layer.peers = peers
 
@@ -272,8 +272,8 @@ class PiKVInferenceContext(StaticInferenceContext):
         sequence comes to have here; and those of the first that are to grow old."""
         # What a prompt's chunk fills is dropped after it was filled.
         chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
-        owned = chunk if layer.store.exceeds else 0
-        noted, old = chunk if layer.store.drops else 0, 0
+        owned = chunk if layer.store.keeper.exceeds else 0
+        noted, old = chunk if layer.store.keeper.drops else 0, 0
         for sequence, length in lengths:
             home = sequence.slot // self.max_batch_size
             here, growing = self._missing_pages(layer, sequence, length, home == self.rank)
@@ -283,7 +283,7 @@ class PiKVInferenceContext(StaticInferenceContext):
                 noted += here + (self.num_ranks - 1) * far
         longest = max((length for _, length in lengths), default=0)
         most = self.footprint.most_pages(self._num_in_shards(longest))
-        return owned, noted, layer.store.num_columns(most), old
+        return owned, noted, layer.store.keeper.num_columns(most), old
 
     def _check_memory(self, growth: int) -> None:
         """Refuse on all ranks what is too much for one of them."""
@@ -307,10 +307,10 @@ class PiKVInferenceContext(StaticInferenceContext):
         """Pages that a sequence of `length` tokens, spread evenly, needs on a rank besides those
         that it has, and how many of them are to grow old."""
         store, later = layer.store, self._num_in_shards(length)
-        wanted = store.num_columns(self.footprint.enough_pages(later, at_home))
+        wanted = store.keeper.num_columns(self.footprint.enough_pages(later, at_home))
         now = sequence.flushed - self.pikv_config.num_sinks
-        held = store.num_columns(self.footprint.full_pages(now, at_home))
-        return wanted - held, store.num_old(wanted) - store.num_old(held)
+        held = store.keeper.num_columns(self.footprint.full_pages(now, at_home))
+        return wanted - held, store.keeper.num_old(wanted) - store.keeper.num_old(held)
 
     def _num_in_shards(self, length: int) -> int:
         """Tokens in shards of a sequence of `length`, at most."""

@@ -37,7 +37,7 @@ def test_every_token_counts_once_and_means_stay(
         tokens = block(torch.zeros_like(position), position, PLACEMENT)
         insert(store, tokens)
         values.append(tokens.values[:, PLACEMENT.owner(tokens.shard) == PLACEMENT.rank])
-        for drop in store.age(SLOTS, MAX_PAGES):
+        for drop in store.keeper.age(SLOTS, MAX_PAGES):
             assert drop.shape == (2, MAX_PAGES) and not drop[1].any()
         store.check_integrity()
         first += count
@@ -61,7 +61,7 @@ def test_the_oldest_are_pooled_first_and_level_by_level():
     store = new_store(placement, 2, codec={"transform": transform})
     position = torch.arange(18)
     insert(store, block(torch.zeros_like(position), position, placement))
-    store.age(torch.tensor([0]), MAX_PAGES)
+    store.keeper.age(torch.tensor([0]), MAX_PAGES)
     pages = store.table.pages_of(0)
     stood_for = store.pool.kv.log_multiplicity[pages].exp().round().int().tolist()
     assert stood_for == [4, 2, 2, 1]
@@ -91,9 +91,9 @@ def test_pages_that_grow_old_are_stored_in_fewer_bits_and_read_as_such(
     for count in counts:
         position = torch.arange(first, first + count)
         insert(store, block(torch.zeros_like(position), position, PLACEMENT))
-        if store.retention is not None:
-            store.prune(SLOTS, MAX_PAGES)
-        store.grow_old(SLOTS, MAX_PAGES)
+        if store.keeper.retention is not None:
+            store.keeper.prune(SLOTS, MAX_PAGES)
+        store.keeper.grow_old(SLOTS, MAX_PAGES)
         store.check_integrity()
         first += count
         pages = store.table.pages_of(0)
@@ -133,7 +133,7 @@ def test_places_are_used_again_and_numbers_stay():
     for number in range(6):
         position = torch.arange(number * PAGE_SIZE, (number + 1) * PAGE_SIZE)
         insert(store, block(torch.zeros_like(position), position, placement))
-        store.grow_old(torch.tensor([0]), MAX_PAGES)
+        store.keeper.grow_old(torch.tensor([0]), MAX_PAGES)
     assert store.table.pages_of(0).tolist() == [0, 1, 2, 3, 4, 5]
     assert store.pool.sizes == (6, 3, 4)
     store.compact()

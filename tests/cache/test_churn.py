@@ -65,7 +65,7 @@ class Churn(RuleBasedStateMachine):
         assert torch.equal(store.table.count, directory.table.count)
         for s in self.live:
             stored = store.positions(s.slot).sort().values
-            if store.retention is None:
+            if store.keeper.retention is None:
                 assert torch.equal(stored, torch.arange(2, max(2, s.flushed)).int())
             pinned = torch.arange(2, max(2, min(self.context.pikv_config.pinned, s.flushed)))
             assert torch.isin(pinned.int(), stored).all(), "a pinned token was dropped"

@@ -104,7 +104,7 @@ def test_dropped_pages_are_given_back_and_no_longer_read(counts):
         position = torch.arange(length, length + count)
         insert(store, block(torch.zeros_like(position), position, placement))
         length += count
-        store.prune(torch.tensor([0]), MAX_PAGES)
+        store.keeper.prune(torch.tensor([0]), MAX_PAGES)
         store.check_integrity()
         assert int(store.table.count[0]) == min(2, length // 4)
     kept = torch.arange(max(0, length // 4 - 2) * 4, length)
@@ -123,7 +123,7 @@ def test_dropped_places_are_used_again():
     for first in range(0, 200, 4):
         position = torch.arange(first, first + 4)
         insert(store, block(torch.zeros_like(position), position, placement))
-        store.prune(torch.tensor([0]), MAX_PAGES)
+        store.keeper.prune(torch.tensor([0]), MAX_PAGES)
     assert store.pool.null_page <= 3 + 2 and int(store.table.count[0]) == 3
 
 

@@ -35,7 +35,7 @@ def filled_store(codec: dict) -> tuple[ShardStore, TokenBlock]:
     for part in (slice(0, 90), slice(90, LENGTH)):
         tokens = TokenBlock(keys[:, part], keys[:, part] + 1, *(x[part] for x in block[2:6]))
         store.insert(tokens, store.admit(tokens))
-        store.grow_old(torch.tensor([0]), 100)
+        store.keeper.grow_old(torch.tensor([0]), 100)
     return store, block
 
 

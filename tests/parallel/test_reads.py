@@ -185,8 +185,8 @@ def check_layout(pg, name: str, dispatcher: str) -> None:
     router = DrawnRouter(context.placement.num_shards, context.rank)
     selector = DrawnSelector(context.rank)
     layer.router, layer.selector = router, selector
-    if layer.store.retention is not None:
-        layer.store.retention = DrawnPolicy(context.rank)
+    if layer.store.keeper.retention is not None:
+        layer.store.keeper.retention = DrawnPolicy(context.rank)
     generator = torch.Generator().manual_seed(7)
     homes = [0] if context.num_ranks == 1 else [0, context.num_ranks - 1, 0]
     sequences = [
@@ -222,7 +222,7 @@ def check_layout(pg, name: str, dispatcher: str) -> None:
 def check_budget(store, config) -> None:
     """Where pages are dropped, no sequence has more than its share of them."""
     sealed, kept = store.ledger.num_pages, store.table.count
-    if store.retention is None:
+    if store.keeper.retention is None:
         assert torch.equal(kept, sealed)
     else:
         filled = store.ledger.num_tokens[:-1].view(len(sealed), -1) // config.page_size

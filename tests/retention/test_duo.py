@@ -1,4 +1,4 @@
-"""Layers decide together which pages stay, by their retrieval heads; layers that stream keep none."""
+"""Layers decide together which pages stay, by their retrieval heads; streaming layers keep none."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_layers_keep_what_they_want_most_together(calibration, selector):
 def test_a_streaming_layer_reserves_no_pages(calibration):
     context = new_context(calibration)
     stores = [layer.store for layer in context.sharded_layers]
-    assert [store.num_columns(50) for store in stores] == [2, 0, 2]
+    assert [store.keeper.num_columns(50) for store in stores] == [2, 0, 2]
 
 
 def test_heads_that_stream_have_no_say():

@@ -18,9 +18,13 @@ PRESSES = ("SnapKVPress", "ExpectedAttentionPress", "KVzipPress", "StreamingLLMP
 SIZES: dict[str, Any] = {
     "page_size": 16, "window": 32, "num_sinks": 4, "flush_interval": 8, "shard_after": 0,
 }
-BITS = {
-    "": "plain", " int8": "int8", " int4": "int4",
-    " K4 V2": {"name": "mixed", "keys": "int4", "values": "int2"},
+CODECS: dict[str, dict[str, Any]] = {
+    "": {},
+    " int8": {"format": "int8"},
+    " int4": {"format": "int4"},
+    " K4 V2": {"format": {"keys": "int4", "values": "int2"}},
+    " K3 V2 rotated": {"format": {"keys": "int3", "values": "int2"}, "rotation": "hadamard"},
+    " int2 rotated": {"format": "int2", "rotation": "hadamard"},
 }
 POLICIES = ("snapkv", "h2o", "streaming")
 CHUNK = 64
@@ -51,32 +55,32 @@ def entries(options: CompareOptions) -> Iterator[Entry]:
             press = getattr(kvpress, name)(compression_ratio=1 - budget)
             yield Entry(f"kvpress {name.removesuffix('Press')}", budget, press, budget)
         for policy in POLICIES:
-            for bits, page_format in BITS.items():
-                found = _largest(options, policy, page_format, budget)
+            for bits, codec in CODECS.items():
+                found = _largest(options, policy, codec, budget)
                 if found is not None:
                     yield Entry(f"pikv {policy}{bits}", budget, PiKVPress(found[0]), found[1])
 
 
 def _largest(
-    options: CompareOptions, policy: str, page_format: Any, budget: float
+    options: CompareOptions, policy: str, codec: dict[str, Any], budget: float
 ) -> tuple[PiKVConfig, float] | None:
     """The configuration that keeps most within a budget, every byte counted; None: none fits."""
     for step in range(STEPS, 0, -1):
         keep = step / STEPS
-        pikv = _config(options, policy, page_format, keep)
+        pikv = _config(options, policy, codec, keep)
         if pikv is not None and _share(options, pikv) <= budget:
             return pikv, keep
     return None
 
 
 def _config(
-    options: CompareOptions, policy: str, page_format: Any, keep: float
+    options: CompareOptions, policy: str, codec: dict[str, Any], keep: float
 ) -> PiKVConfig | None:
     """In chunks, so that what is dropped was hardly held."""
     try:
         return PiKVConfig(
             **SIZES, retention=policy, budget={"name": "share", "keep": keep},
-            codec={"format": page_format}, prefill_chunk_size=CHUNK,
+            codec=codec, prefill_chunk_size=CHUNK,
             max_sequence_length=options.length,
         )
     except ValidationError:

@@ -9,30 +9,12 @@ width, r_k and r_v stored widths.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from pikv_megatron.codec.transform.moments import KVMoments
 from pikv_megatron.options import Options
-from pikv_megatron.types import KVShape
-
-
-class Ageing(NamedTuple):
-    """How older pages of a shard are pooled.
-
-    Attributes:
-        young: pages of each level that stay as they are.
-        levels: times that a page is pooled, at most.
-    """
-
-    young: int
-    levels: int
-
-    def most(self, num_pages: int, num_shards: int) -> int:
-        """Most pages that are left of so many in so many shards."""
-        waiting = num_shards * self.levels * (self.young + 1)
-        return min(num_pages, waiting + num_shards + (num_pages >> self.levels))
+from pikv_megatron.types import Ageing, KVShape
 
 
 class KVTransform(ABC):

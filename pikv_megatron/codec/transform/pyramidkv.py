@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pikv_megatron.codec.transform.base import Ageing, KVTransform, TransformOptions
-from pikv_megatron.types import KVShape
+from pikv_megatron.codec.transform.base import KVTransform, TransformOptions
+from pikv_megatron.types import Ageing, KVShape
 
 
 class PyramidKVOptions(TransformOptions):

@@ -1,0 +1,186 @@
+"""Which pages of a rank stay, and how older ones are stored.
+
+Legend: r sequences, m columns of a sequence, s shards of this rank, S tokens a page.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from pikv_megatron.cache.ageing import mean_of_pairs, merge_level, old_pages
+from pikv_megatron.cache.ledger import PageLedger
+from pikv_megatron.cache.page_pool import PagePool
+from pikv_megatron.cache.page_statistics import PageStatistics
+from pikv_megatron.cache.page_table import PageTable
+from pikv_megatron.cache.pinned import Pinned
+from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.store_lists import StoreLists
+from pikv_megatron.codec.codec import PageCodec
+from pikv_megatron.retention.base import RetentionPolicy, beyond
+from pikv_megatron.retention.budget import Budget
+from pikv_megatron.types import PageStats
+
+
+class PageKeeper:
+    """Pools older pages or packs them anew, as the codec says, and drops those that a policy finds
+    worth least.
+
+    Args:
+        retention: the policy; None: all pages stay.
+        budget: how many stay.
+        pinned: what is never dropped.
+        codec: of the pages.
+        placement: which shards this rank owns.
+        pool: pages.
+        table: which of them a sequence has.
+        ledger: how many tokens a shard has had.
+        statistics: masses of pages; None: nobody asks.
+        lists: what is read, which changes with the pages.
+    """
+
+    def __init__(
+        self, retention: RetentionPolicy | None, budget: Budget, pinned: Pinned,
+        codec: PageCodec, placement: Placement, pool: PagePool, table: PageTable,
+        ledger: PageLedger, statistics: PageStatistics | None, lists: StoreLists,
+    ):
+        self.retention = retention
+        self._budget, self._pinned, self._codec = budget, pinned, codec
+        self._placement, self._shards = placement, placement.shards_per_rank
+        self._pool, self._table, self._ledger = pool, table, ledger
+        self._statistics, self._lists = statistics, lists
+        self._ageing, self._merge = codec.ageing, mean_of_pairs
+        if retention is not None and retention.ageing is not None:
+            self._ageing, self._merge = retention.ageing, retention.merge
+        self._page_size = pool.position.shape[1]
+
+    def num_columns(self, most_pages: int) -> int:
+        """At least the pages that a sequence has here between two flushes, where it has filled at
+        most so many."""
+        if self._ageing is not None:
+            most_pages = self._ageing.most(most_pages, self._shards)
+        if not self.prunes:
+            return most_pages
+        if self.retention.keeps_none:
+            return min(most_pages, self._pinned.most_pages)
+        most_kept = self._budget.most(most_pages, self._shards) + self._pinned.most_pages
+        return min(most_pages, most_kept)
+
+    def num_old(self, num_columns: int) -> int:
+        """Those of a sequence's pages that are stored as older ones are, if all shards have as
+        many."""
+        older = self._codec.older
+        return 0 if older is None else max(0, num_columns - older.young * self._shards)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a budget limits the pages that stay."""
+        return self.retention is not None and self.retention.ageing is None
+
+    @property
+    def drops(self) -> bool:
+        """Whether pages are given back before their sequence ends."""
+        return self.num_verdicts > 0
+
+    @property
+    def sums_layers(self) -> bool:
+        """Whether layers of the same policy keep the same pages."""
+        policy = self.retention
+        return policy is not None and policy.sums_layers and not policy.keeps_none
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether what a step fills takes, for the moment, more than is left of it."""
+        return self.drops or self._codec.older is not None
+
+    @property
+    def num_verdicts(self) -> int:
+        """Lists of dropped columns that a flush gives: one a level of ageing, one of a budget."""
+        return self._num_levels + self.prunes
+
+    def age(self, slots: torch.Tensor, most_pages: int) -> list[torch.Tensor]:
+        """Merge older pages of sequences [r]; see `prune` for what is returned, level by level."""
+        drops = []
+        for level in range(self._num_levels):
+            self._lists.clear()
+            pages = self._table.page[slots, :most_pages]
+            group, drop = merge_level(
+                self._codec, self._pool, slots, pages, self._stats(slots, most_pages),
+                self._ageing, level, self._merge,
+            )
+            if self._statistics is not None:
+                self._statistics.join(*group)
+            if self._pool.score is not None:
+                self._pool.score[group[0]] = self._pool.score[group].amax(dim=0)
+            self._drop(slots, drop)
+            drops.append(drop)
+        return drops
+
+    def grow_old(self, slots: torch.Tensor, most_pages: int) -> None:
+        """Store pages of sequences [r] that are among the newest no longer as older ones."""
+        older = self._codec.older
+        if older is not None:
+            self._lists.clear()
+            pages = self._table.page[slots, :most_pages]
+            is_old = old_pages(self._stats(slots, most_pages), older.young)
+            moved = pages[is_old & (self._pool.place[pages] >= 0)]
+            if moved.numel():
+                self._pool.grow_old(moved)
+
+    def prune(
+        self, slots: torch.Tensor, most_pages: int, peers: "Sequence[PageKeeper]" = ()
+    ) -> torch.Tensor:
+        """Drop the pages that the budget does not allow.
+
+        Args:
+            slots: [r], int64, each once.
+            most_pages: at least the pages that any of them ever filled here.
+            peers: keepers of layers that hold the same pages, this one among them, which decide
+                together; none: this one decides.
+
+        Returns:
+            [r, m], bool, the columns that were dropped, here and from all peers.
+        """
+        stats = self._stats(slots, most_pages)
+        filled = self._ledger.num_tokens[:-1].view(-1, self._shards)[slots] // self._page_size
+        limit = self._budget.limit(filled)
+        if self._pinned.num_tokens:
+            pages = self._table.page[slots, :most_pages].where(stats.is_page, self._pool.null_page)
+            oldest = self._pool.position[pages, 0].long()
+            stats, limit = self._pinned.set_aside(stats, oldest, limit)
+        if peers:
+            worth = (peer.retention.utility(peer._stats(slots, most_pages)) for peer in peers)
+            drop = beyond(stats, sum(worth), limit)
+        else:
+            drop = self.retention.drop(stats, limit)
+        for keeper in peers or (self,):
+            keeper._lists.clear()
+            keeper._drop(slots, drop)
+        return drop
+
+    @property
+    def _num_levels(self) -> int:
+        """Times that pages are merged as they age."""
+        return 0 if self._ageing is None else self._ageing.levels
+
+    def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
+        """Give pages [r, m] back."""
+        pages, is_dropped = (x.flatten() for x in self._table.apply(slots, drop))
+        if pages.numel():
+            self._pool.release_some(pages, is_dropped)
+            if self._statistics is not None:
+                self._statistics.forget(pages, is_dropped)
+
+    def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
+        is_page = self._table.is_page(slots, num_columns)
+        pages = torch.where(is_page, self._table.page[slots, :num_columns], self._pool.null_page)
+        newest = self._pool.position[pages, -1].long()
+        shard = self._placement.local_shard(self._pool.shard[pages].long())
+        score = None if self._pool.score is None else self._pool.score[pages]
+        stats = PageStats(is_page, newest, shard, score=score)
+        if self._statistics is None:
+            return stats
+        counted = (
+            (name, getattr(self._statistics, name))
+            for name in ("mass", "seen", "observed", "last_used", "uses")
+        )
+        return stats._replace(**{name: t[pages] for name, t in counted if t is not None})

@@ -1,0 +1,56 @@
+"""Each KV head keeps tokens of its own: several older pages become one.
+
+Legend: ng KV heads, g query heads a KV head, c groups of pages, S tokens a page, w width.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from pikv_megatron.retention.base import RetentionOptions, RetentionPolicy
+from pikv_megatron.retention.expected_queries import ExpectedQueries
+from pikv_megatron.types import Ageing
+
+
+class TokenEvictionOptions(RetentionOptions):
+    """Of several older pages, each KV head keeps the tokens that the calibrated distribution of
+    queries will attend to most, as many as one page holds.
+    """
+
+    name: Literal["token_eviction"] = "token_eviction"
+    pages: int = Field(4, ge=2, le=64, description="older pages of a shard that become one")
+    young: int = Field(2, ge=0, description="newest pages of a shard that stay as they are")
+    horizon: int = Field(512, ge=1, description="tokens behind a key that queries are expected in")
+
+    needs_calibration: ClassVar[bool] = True
+    takes_budget: ClassVar[bool] = False
+    merges: ClassVar[bool] = True
+
+    def build(self, fitted=None):
+        queries = ExpectedQueries.of(fitted, self.name, self.horizon)
+        return TokenEvictionPolicy(queries, Ageing(self.young, levels=1, pages=self.pages))
+
+
+class TokenEvictionPolicy(RetentionPolicy):
+    """A page holds tokens of every KV head, and they need not be the same: keys were rotated, so
+    attention asks no positions. What is dropped is freed, a page at a time.
+
+    Args:
+        queries: that are expected.
+        ageing: how pages become fewer.
+    """
+
+    def __init__(self, queries: ExpectedQueries, ageing: Ageing):
+        self._queries, self.ageing = queries, ageing
+
+    def utility(self, stats):
+        """Pages go when they are merged, and not otherwise."""
+        return torch.ones_like(stats.newest, dtype=torch.float32)
+
+    def merge(self, keys, values, positions):
+        shares = self._queries.logits(keys, values, positions).softmax(dim=3).mean(dim=1)
+        best = shares.topk(keys.shape[2] // self.ageing.pages, dim=2).indices.sort(dim=2).values
+        return tuple(
+            x.gather(2, best.unsqueeze(3).expand(-1, -1, -1, x.shape[3])) for x in (keys, values)
+        )
