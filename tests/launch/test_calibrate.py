@@ -97,7 +97,18 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(folder, monkeypa
             spec_transform=lambda spec: pikv_layer_spec(spec, PiKVConfig()),
         ).eval()
         fields = model, options.ids, EOS + 1, options.manifest
+        chosen = [[] for _ in model.decoder.layers]
+        hooks = [
+            layer.mlp.register_forward_hook(
+                lambda mlp, args, output, own=own: own.append(mlp.choice.best(1).flatten())
+            ) for layer, own in zip(model.decoder.layers, chosen)
+        ]
         whole = run.calibrate(*fields, per_expert=True)
+        for hook in hooks:
+            hook.remove()
+        for number, own in enumerate(chosen):
+            count = whole[number]["experts.keys.count"]
+            assert torch.equal(count, torch.cat(own).bincount(minlength=len(count)))
         with pytest.raises(KeyboardInterrupt):
             run.calibrate(*fields, unfinished, stop, per_expert=True)
         told = []
