@@ -49,7 +49,8 @@ def run(options: CalibrateOptions) -> None:
     manifest = options.manifest
     with progress("windows", IS_FIRST_RANK) as advance:
         layers = calibrate(
-            model, options.ids, options.architecture.vocab_size, manifest, unfinished, advance
+            model, options.ids, options.architecture.vocab_size, manifest, unfinished, advance,
+            options.per_expert,
         )
     if IS_FIRST_RANK:
         save_calibrated(options.output, manifest, layers)

@@ -7,7 +7,7 @@ import yaml
 from pydantic import ByteSize, Field, ValidationError, model_validator
 
 from pikv_megatron.calibrated import Layers, load_calibrated
-from pikv_megatron.codec.calibration import read_moments
+from pikv_megatron.codec.calibration import EXPERTS, read_moments, read_shard_moments
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
@@ -166,13 +166,13 @@ class PiKVConfig(LayerOptions):
                 )
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
             if spec.options.codec.transform.is_by_expert and (
-                self.token_shards != 1 or self.expert_shards == 1
+                self.token_shards != 1 or self.expert_shards == 1 or self.shard_after
             ):
                 raise ValueError(
                     f"codec.transform {spec.options.codec.transform.name} has per_expert, whose "
-                    f"pages hold the tokens of one expert shard: set token_shards to 1 and "
-                    f"expert_shards above 1 (they are {self.token_shards} and "
-                    f"{self.expert_shards})"
+                    f"pages hold the tokens of one expert shard: set token_shards to 1, "
+                    f"expert_shards above 1 and shard_after to 0 (they are {self.token_shards}, "
+                    f"{self.expert_shards} and {self.shard_after})"
                 )
             if isinstance(spec.options.sketch, KeysOptions) and (
                 codec.angles is not None or spec.options.codec.transform.is_by_expert
@@ -229,7 +229,12 @@ class PiKVConfig(LayerOptions):
         if self.calibration is None or shape.sliding_window is not None:
             return spec
         fitted = calibrated.get(number, {})
-        moments = read_moments(self.calibration, number, fitted, shape.kv)
+        moments = (read_moments(self.calibration, number, fitted, shape.kv),)
+        if spec.options.codec.transform.is_by_expert:
+            moments = read_shard_moments(
+                self.calibration, number, fitted, *moments, self.expert_shards
+            )
+        fitted = {name: part for name, part in fitted.items() if not name.startswith(EXPERTS)}
         if shape.kv.device.type != "meta":  # a planner asks what was fitted, and computes nothing
             fitted = {name: part.to(shape.kv.device) for name, part in fitted.items()}
         return spec._replace(moments=moments, fitted=fitted)

@@ -40,7 +40,8 @@ class LayerSpec(NamedTuple):
         sent_widths: numbers of a head's query and of its result as they travel to an owner and
             back; None: the widths of keys and values.
         options: what is chosen for this layer.
-        moments: of its keys and values, where they were calibrated.
+        moments: of its keys and values, where they were calibrated: of all its tokens, or of those
+            of each expert shard where its codec has bases of experts.
         fitted: all that was calibrated of it, by name (`calibrated.py`); None: nothing was.
     """
 
@@ -51,7 +52,7 @@ class LayerSpec(NamedTuple):
     sliding_window: int | None
     sent_widths: tuple[int, int] | None
     options: LayerOptions
-    moments: KVMoments | None = None
+    moments: tuple[KVMoments, ...] | None = None
     fitted: Mapping[str, Tensor] | None = None
 
     @property

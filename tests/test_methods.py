@@ -74,6 +74,10 @@ METHODS = {
         "codec": {"transform": {"name": "svd", "per_expert": True}},
         "token_shards": 1, "expert_shards": 4,
     },
+    "calibrated bases of experts": {
+        "codec": {"transform": {"name": "svd", "per_expert": True}},
+        "token_shards": 1, "expert_shards": 4, "calibration": CALIBRATION,
+    },
     "everything": {
         "router": "top_k", "selector": {"name": "budget", "share": 0.5, "tail": "mean"},
         "retention": "h2o",
@@ -106,7 +110,7 @@ def write_calibration(path: Path) -> None:
         draw_weights(model, 0)
         generator = torch.Generator().manual_seed(2)
         ids = torch.randint(VOCAB, (4, 120), generator=generator)
-        save_calibrated(path, {"model": "tiny"}, calibrate(model, ids, VOCAB, {}))
+        save_calibrated(path, {"model": "tiny"}, calibrate(model, ids, VOCAB, {}, per_expert=True))
 
 
 def config_of(fields: dict, calibration: Path, sizes: dict) -> PiKVConfig:

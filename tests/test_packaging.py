@@ -23,6 +23,7 @@ LOADERS = {
     "presets": PiKVConfig.from_file,
     "methods": PiKVConfig.from_file,
     "retention": PiKVConfig.from_file,
+    "calibrated": PiKVConfig.from_file,
     "variants": PiKVConfig.from_file,
     "tuned": PiKVConfig.from_file,
     "model": Architecture.from_yaml,

@@ -61,6 +61,11 @@ class Placement(BaseModel):
     def shards_per_rank(self) -> int:
         return self.num_shards // self.num_ranks
 
+    @property
+    def own_shards(self) -> range:
+        """Numbers of the rank's shards."""
+        return range(self.rank, self.num_shards, self.num_ranks)
+
     def shard(self, position: torch.Tensor, expert: torch.Tensor | None) -> torch.Tensor:
         """The shard of each token of this home rank's sequences: position [t], expert [t] or None
         for a layer without experts."""

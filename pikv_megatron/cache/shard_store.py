@@ -63,7 +63,7 @@ class ShardStore:
         self._softmax_scale = spec.softmax_scale
         self._shards = placement.shards_per_rank
         self._codec = options.codec.build(
-            kv, page_size, num_slots, spec.moments, self._shards, num_positions
+            kv, page_size, num_slots, spec.moments, placement.own_shards, num_positions
         )
         self._has_token_scores = options.retention.needs_scores
         num_scores = 0 if retention is None else retention.num_scores

@@ -27,20 +27,23 @@ class Collector:
         model: of the context.
         num_tokens: that are fed of a window.
         num_windows: of all ranks.
+        per_expert: tokens are to be told apart by their experts wherever that is dear.
 
     Attributes:
         window: number of the window that this rank feeds; None: it feeds none that counts.
     """
 
     def __init__(
-        self, context: PiKVInferenceContext, model: GPTModel, num_tokens: int, num_windows: int
+        self, context: PiKVInferenceContext, model: GPTModel, num_tokens: int, num_windows: int,
+        per_expert: bool = False,
     ):
         self.window: int | None = None
         self._group, self._rank = context.ep_group, context.rank
         self._sums: Sums = {}
         self._layers = {
             layer.spec.number - 1: _Listener(
-                self, layer, model.decoder.layers[layer.spec.number - 1], num_tokens, num_windows
+                self, layer, model.decoder.layers[layer.spec.number - 1], num_tokens, num_windows,
+                per_expert,
             ) for layer in context.sharded_layers
         }
 
@@ -84,11 +87,11 @@ class _Listener:
 
     def __init__(
         self, owner: Collector, cache: LayerCache, layer: PiKVLayerMixin, num_tokens: int,
-        num_windows: int,
+        num_windows: int, per_expert: bool,
     ):
         attention = layer.self_attention
         self._owner, self._spec, self._num_tokens = owner, cache.spec, num_tokens
-        self._layer = layer
+        self._layer, self._per_expert = layer, per_expert
         self._fits = {kind.__name__: kind(attention, num_windows) for kind in FITS}
         self._parts: list[tuple[Tensor, ...]] = []
         self._hidden: Tensor | None = None
@@ -129,6 +132,7 @@ class _Listener:
         window = LayerWindow(
             self._owner.window, self._spec.kv, query, key, value, self._spec.softmax_scale,
             self._angles, self._is_interleaved, hidden, *(experts or [None]),
+            self._per_expert,
         )
         start = f"{self._spec.number - 1}."
         for name, fit in self._fits.items():

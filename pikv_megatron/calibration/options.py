@@ -40,6 +40,7 @@ class CalibrateOptions:
         dtype: type of weights and caches.
         output: the file to write.
         pikv: the cache whose pages are to be filled, where there is one.
+        per_expert: tokens are told apart by their experts, too.
         budget: bytes of a token in pages, all layers together; None: no budget is to be spent.
     """
 
@@ -50,6 +51,7 @@ class CalibrateOptions:
     dtype: torch.dtype
     output: Path
     pikv: PiKVConfig = PiKVConfig()
+    per_expert: bool = False
     budget: int | None = None
 
     @property
@@ -63,7 +65,7 @@ class CalibrateOptions:
             "rotary": "interleaved" if interleaved else "halves",
             "settings": {
                 "windows": len(self.ids), "length": self.ids.shape[1], "recall": self.recall,
-                "dtype": str(self.dtype).removeprefix("torch."),
+                "dtype": str(self.dtype).removeprefix("torch."), "per_expert": self.per_expert,
             },
         }
 
@@ -76,7 +78,12 @@ def parse_options(argv: Sequence[str]) -> CalibrateOptions:
     """
     parser = ArgumentParser("Sum up what keys, values and queries are like on a text")
     _add_common(parser, num_windows=64, recall=None)
-    return _options(parser.parse_args(argv))
+    parser.add_argument("--per-expert", action="store_true",
+                        help="tell tokens apart by their experts, too, for per_expert of "
+                        "codec.transform: 4 bytes for each layer, expert (32 at most) and KV head, "
+                        "times w (w + 1) of keys and of values of width w")
+    args = parser.parse_args(argv)
+    return replace(_options(args), per_expert=args.per_expert)
 
 
 def parse_allocation(argv: Sequence[str]) -> CalibrateOptions:

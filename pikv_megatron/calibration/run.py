@@ -23,6 +23,7 @@ EVERY = 8
 def calibrate(
     model: GPTModel, ids: Tensor, vocab_size: int, manifest: Mapping[str, Any],
     unfinished: Path | None = None, advance: Advance = lambda done, total: None,
+    per_expert: bool = False,
 ) -> dict[int, dict[str, Tensor]]:
     """What was fitted to every layer, by its number from 0; called on every rank.
 
@@ -32,6 +33,7 @@ def calibrate(
         manifest: of the file that this is for.
         unfinished: what an interrupted run has left there is gone on with; None: nothing is kept.
         advance: told of the windows of a rank that are done, and how many there are.
+        per_expert: tokens are told apart by their experts, too.
 
     Raises:
         ValueError: what was left there is of another run.
@@ -39,7 +41,7 @@ def calibrate(
     context = PiKVInferenceContext.for_model(model, PiKVConfig(), 1, ids.shape[1])
     ranks, rank = context.num_ranks, context.rank
     batches = ids.split(ranks)
-    collector = Collector(context, model, ids.shape[1] - 1, len(ids))
+    collector = Collector(context, model, ids.shape[1] - 1, len(ids), per_expert)
     manifest = {**manifest, "ranks": ranks}
     done = _restore(collector, unfinished, manifest)
     forcing = TeacherForcing(model, context, vocab_size, lambda: None)

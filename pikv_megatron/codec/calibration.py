@@ -13,6 +13,9 @@ from pikv_megatron.calibrated import REMEDY
 from pikv_megatron.codec.transform.moments import KVMoments, Moments
 from pikv_megatron.types import KVShape
 
+# Before the names of what is told apart by expert: a model has many, and few methods ask.
+EXPERTS = "experts."
+
 
 def moment_tensors(moments: KVMoments) -> dict[str, Tensor]:
     """Of one layer, by the names that `read_moments` knows."""
@@ -25,7 +28,7 @@ def moment_tensors(moments: KVMoments) -> dict[str, Tensor]:
 
 
 def read_moments(path: Path, number: int, fitted: Mapping[str, Tensor], kv: KVShape) -> KVMoments:
-    """The moments of layer `number`, on its device.
+    """The moments of layer `number`.
 
     Args:
         path: of the file.
@@ -38,7 +41,7 @@ def read_moments(path: Path, number: int, fitted: Mapping[str, Tensor], kv: KVSh
     for side, width in (("keys", kv.key_width), ("values", kv.value_width)):
         prefix = f"{side}."
         parts = {
-            name.removeprefix(prefix): part.to(kv.device) for name, part in fitted.items()
+            name.removeprefix(prefix): part for name, part in fitted.items()
             if name.startswith(prefix)
         }
         shape = tuple(parts["mean"].shape) if "mean" in parts else None
@@ -49,3 +52,54 @@ def read_moments(path: Path, number: int, fitted: Mapping[str, Tensor], kv: KVSh
             )
         found.append(Moments(**parts | {"count": int(fitted[f"{prefix}count"])}))
     return KVMoments(*found)
+
+
+def read_shard_moments(
+    path: Path, number: int, fitted: Mapping[str, Tensor], whole: KVMoments, num_shards: int
+) -> tuple[KVMoments, ...]:
+    """The moments of the tokens of each expert shard of layer `number`.
+
+    A shard that had fewer tokens than a basis can have directions takes those of all experts.
+
+    Args:
+        path: of the file.
+        fitted: what it has of the layer.
+        whole: of all experts.
+        num_shards: expert shards; expert e belongs to shard e mod num_shards.
+
+    Raises:
+        ValueError: the file does not tell experts apart.
+    """
+    if f"{EXPERTS}keys.mean" not in fitted:
+        raise ValueError(
+            f"calibration {path}: layer {number} asks for a basis an expert (codec.transform, "
+            "per_expert), and the file has moments of all experts together: make it with "
+            "launch/calibrate.py --per-expert, or leave out per_expert"
+        )
+    sides = (
+        _of_shards(fitted, f"{EXPERTS}{side}.", own, num_shards)
+        for side, own in whole._asdict().items()
+    )
+    return tuple(KVMoments(*pair) for pair in zip(*sides))
+
+
+def _of_shards(
+    fitted: Mapping[str, Tensor], prefix: str, whole: Moments, num_shards: int
+) -> list[Moments]:
+    means, scatters, counts = (
+        fitted[f"{prefix}{name}"].double() for name in ("mean", "scatter", "count")
+    )
+    found = []
+    for shard in range(num_shards):
+        mean, scatter, count = (x[shard::num_shards] for x in (means, scatters, counts))
+        total = count.sum()
+        if total < whole.mean.shape[1]:
+            found.append(whole)
+            continue
+        middle = torch.einsum("e,egw->gw", count, mean) / total
+        apart = mean - middle
+        between = torch.einsum("e,egw,egv->gwv", count, apart, apart)
+        found.append(Moments(
+            middle.float(), (scatter.sum(dim=0) + between).float(), int(total), whole.metric
+        ))
+    return found

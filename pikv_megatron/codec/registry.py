@@ -1,5 +1,6 @@
 """The codecs that `PiKVConfig.codec` can name: a transform and a format."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -60,14 +61,16 @@ class CodecOptions(Options):
         return from_pair(value)
 
     def build(
-        self, kv: KVShape, page_size: int, num_slots: int, moments: KVMoments | None = None,
-        num_shards: int = 1, num_positions: int = 0,
+        self, kv: KVShape, page_size: int, num_slots: int,
+        moments: Sequence[KVMoments] | None = None, shards: Sequence[int] = (0,),
+        num_positions: int = 0,
     ) -> PageCodec:
         """The codec of a layer, for `num_slots` sequences.
 
         Args:
-            moments: of the layer's keys and values, where it was calibrated.
-            num_shards: of a sequence, on this rank.
+            moments: of the layer's keys and values, where it was calibrated: all of them, or of
+                every shard where the transform is by expert.
+            shards: of a sequence that this rank has, by number.
             num_positions: that tokens can have.
 
         Raises:
@@ -82,12 +85,10 @@ class CodecOptions(Options):
             )
         if self.keys == "before_rope":
             self._refuse_other_channels(kv)
-        num_bases = num_shards if self.transform.is_by_expert else 1
-        if moments is not None and self.transform.is_by_expert:
-            raise ValueError(
-                f"codec.transform {self.transform.name} has per_expert, and a calibration is of "
-                "all experts together: leave out calibration, or per_expert"
-            )
+        num_bases = 1
+        if self.transform.is_by_expert:
+            num_bases = len(shards)
+            moments = moments and [moments[shard] for shard in shards]
         transform = self.transform.build(kv, num_slots * num_bases, moments, num_bases)
         if self.rotation == "hadamard":
             transform = RotatedTransform(kv, transform)

@@ -9,17 +9,19 @@ from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.tokens import TokenBlock
+from pikv_megatron.codec.transform.moments import KVMoments, Moments
 from pikv_megatron.ops.dense_attention import dense_attention
 
 EXPERTS, PAGE_SIZE, WIDTH, NG = 4, 8, 8, 2
-SIZES = {"token_shards": 1, "expert_shards": EXPERTS, "page_size": PAGE_SIZE}
+SIZES = {"token_shards": 1, "expert_shards": EXPERTS, "page_size": PAGE_SIZE, "shard_after": 0}
 SLOTS = torch.tensor([0, 1])
 
 
-def filled_store(transform: dict) -> tuple[ShardStore, TokenBlock]:
+def filled_store(transform: dict, moments=None) -> tuple[ShardStore, TokenBlock]:
     """Of rank 1 of 2, two sequences; keys and values of an expert lie in two directions of theirs.
     """
     (spec,) = PiKVConfig(**SIZES, codec={"transform": transform}).resolve([SHAPE])
+    spec = spec._replace(moments=moments)
     placement = Placement(**{k: v for k, v in SIZES.items() if k != "page_size"},
                           hash_block=PAGE_SIZE, num_ranks=2, rank=1)
     store = ShardStore(spec, placement, PAGE_SIZE, 2, 100, False)
@@ -87,10 +89,36 @@ def test_attention_merges_the_parts_of_a_sequence():
     assert not store._codec.is_fitted(0) and store._codec.is_fitted(2)
 
 
-@pytest.mark.parametrize("sizes", [{"token_shards": 1}, {"expert_shards": 4}])
+@pytest.mark.parametrize("name", ["svd", "lora"])
+def test_an_owner_takes_the_calibrated_bases_of_its_shards(name):
+    transform = {"name": name, "rank": 2, "per_expert": True}
+    _, block = filled_store(transform)
+    own = block.slot == 0  # sequences differ in their directions, and a calibration knows one text
+    chosen = [own & (block.shard == shard) for shard in range(EXPERTS)]
+    moments = tuple(
+        KVMoments(Moments.of(block.keys[:, own]), Moments.of(block.values[:, own]))
+        for own in chosen
+    )
+    store, _ = filled_store(transform, moments)
+    pages = store.table.pages_of(0)
+    keys, values = store.restore(pages, torch.zeros_like(pages))
+    token = store.pool.position[pages].flatten() * 2
+    for stored, exact in ((keys, block.keys), (values, block.values)):
+        torch.testing.assert_close(stored.flatten(1, 2), exact[:, token], atol=1e-3, rtol=1e-3)
+    # They are all sequences', and stay when one ends.
+    store.release(0)
+    assert len(store.parts()["codecs"][0]) == EXPERTS // 2 and store._codec.is_fitted(0)
+
+
+@pytest.mark.parametrize(
+    "sizes", [
+        {"token_shards": 1}, {"expert_shards": 4},
+        {"token_shards": 1, "expert_shards": 4, "shard_after": 64},
+    ]
+)
 def test_pages_of_several_experts_are_refused(sizes):
     codec = {"transform": {"name": "svd", "per_expert": True}}
-    with pytest.raises(ValueError, match="per_expert.*token_shards.*expert_shards"):
+    with pytest.raises(ValueError, match="per_expert.*token_shards.*expert_shards.*shard_after"):
         PiKVConfig(codec=codec, **sizes).resolve([SHAPE])
 
 

@@ -96,9 +96,9 @@ def test_distillation_loses_least_of_logits_and_output(rank):
     keys, values = drawn(12), drawn(12, seed=1)
     metrics = [drawn(12, seed) for seed in (2, 3)]
     metrics = [x.transpose(1, 2) @ x / TOKENS for x in metrics]
-    moments = KVMoments(
+    moments = [KVMoments(
         *(Moments.of(x)._replace(metric=m) for x, m in zip((keys, values), metrics))
-    )
+    )]
     students = restored({"name": "distillation", "rank": rank}, keys, values, moments)
     others = restored({"name": "svd", "rank": rank}, keys, values, moments)
     for x, student, other, metric in zip((keys, values), students, others, metrics):

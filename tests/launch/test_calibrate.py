@@ -45,13 +45,14 @@ def arguments(folder: Path, *more: str) -> list[str]:
 def test_one_rank_and_two_find_the_same(folder):
     files = folder / "one.safetensors", folder / "two.safetensors"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    wanted = arguments(folder, "--per-expert")
     alone = subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments(folder, "--output", str(files[0]))],
+        [sys.executable, str(PROGRAM), *wanted, "--output", str(files[0])],
         capture_output=True, text=True, timeout=240, env=environment, cwd="/",
     )
     assert alone.returncode == 0, alone.stderr
     assert "2 layers, 512 tokens" in alone.stdout
-    pair = launch(PROGRAM, *arguments(folder, "--output", str(files[1])), timeout=240)
+    pair = launch(PROGRAM, *wanted, "--output", str(files[1]), timeout=240)
     assert pair.returncode == 0, pair.stderr
     one, two = (load_calibrated(file) for file in files)
     assert one.manifest == two.manifest and one.manifest["model"] == "model"
@@ -60,6 +61,7 @@ def test_one_rank_and_two_find_the_same(folder):
         assert one.layers[number].keys() == two.layers[number].keys()
         for name, part in one.layers[number].items():
             torch.testing.assert_close(part, two.layers[number][name], rtol=1e-4, atol=1e-4)
+        assert int(one.layers[number]["experts.keys.count"].sum()) == 4 * 127
     moments = [read_moments(files[0], number, one.layers[number], KV) for number in range(2)]
     for mine in (part for layer in moments for part in layer):
         assert mine.count == 4 * 127 and torch.linalg.eigvalsh(mine.metric).min() > -1e-4
@@ -95,11 +97,24 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(folder, monkeypa
             spec_transform=lambda spec: pikv_layer_spec(spec, PiKVConfig()),
         ).eval()
         fields = model, options.ids, EOS + 1, options.manifest
-        whole = run.calibrate(*fields)
+        chosen = [[] for _ in model.decoder.layers]
+        hooks = [
+            layer.mlp.register_forward_hook(
+                lambda mlp, args, output, own=own: own.append(mlp.choice.best(1).flatten())
+            ) for layer, own in zip(model.decoder.layers, chosen)
+        ]
+        whole = run.calibrate(*fields, per_expert=True)
+        for hook in hooks:
+            hook.remove()
+        for number, own in enumerate(chosen):
+            count = whole[number]["experts.keys.count"]
+            assert torch.equal(count, torch.cat(own).bincount(minlength=len(count)))
         with pytest.raises(KeyboardInterrupt):
-            run.calibrate(*fields, unfinished, stop)
+            run.calibrate(*fields, unfinished, stop, per_expert=True)
         told = []
-        resumed = run.calibrate(*fields, unfinished, lambda done, total: told.append(done))
+        resumed = run.calibrate(
+            *fields, unfinished, lambda done, total: told.append(done), per_expert=True
+        )
         assert told == [5, 6, 7], "what was written down was done again"
         for number, layer in whole.items():
             assert all(torch.equal(part, resumed[number][name]) for name, part in layer.items())

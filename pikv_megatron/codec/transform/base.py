@@ -8,6 +8,7 @@ width, r_k and r_v stored widths.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
@@ -90,12 +91,13 @@ class TransformOptions(Options):
 
     @abstractmethod
     def build(
-        self, kv: KVShape, num_slots: int, moments: KVMoments | None = None, num_bases: int = 1
+        self, kv: KVShape, num_slots: int, moments: Sequence[KVMoments] | None = None,
+        num_bases: int = 1,
     ) -> KVTransform | None:
         """The transform of a layer, for `num_slots` sequences; None stores tokens as computed.
 
         Args:
-            moments: of the layer's keys and values, where it was calibrated.
+            moments: of the layer's keys and values, for each of the bases, where it was calibrated.
             num_bases: parts of a sequence with a basis each: what is a sequence's slot to the
                 transform then is that of its part, slot * num_bases + part.
         """

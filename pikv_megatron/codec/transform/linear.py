@@ -8,7 +8,7 @@ page, w width, r rank.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class LinearOptions(TransformOptions):
         return self.per_expert
 
     def build(self, kv, num_slots, moments=None, num_bases=1):
-        keys, values = (None, None) if moments is None else moments
+        keys, values = (None, None) if moments is None else zip(*moments)
         if kv.values_in_keys:
             if self.value_rank is not None:
                 raise ValueError(
@@ -76,7 +76,7 @@ class LinearOptions(TransformOptions):
         )
 
     def key_map(
-        self, kv: KVShape, num_slots: int, moments: Moments | None, num_bases: int = 1
+        self, kv: KVShape, num_slots: int, moments: Sequence[Moments] | None, num_bases: int = 1
     ) -> "LinearMap":
         """The map of keys."""
         rank = _checked("rank", self.rank or max(1, kv.key_width // 2), kv.key_width)
@@ -85,7 +85,7 @@ class LinearOptions(TransformOptions):
         )
 
     def value_map(
-        self, kv: KVShape, num_slots: int, moments: Moments | None, num_bases: int = 1
+        self, kv: KVShape, num_slots: int, moments: Sequence[Moments] | None, num_bases: int = 1
     ) -> "LinearMap":
         """The map of values."""
         wanted = self.value_rank or self.rank or max(1, kv.value_width // 2)
@@ -95,7 +95,7 @@ class LinearOptions(TransformOptions):
         )
 
     def row_map(
-        self, kv: KVShape, num_slots: int, moments: Moments | None, num_bases: int = 1
+        self, kv: KVShape, num_slots: int, moments: Sequence[Moments] | None, num_bases: int = 1
     ) -> "LinearMap":
         """The map of rows whose first columns are values: RoPE turns few of the others."""
         rank = _checked("rank", self.rank or max(1, kv.key_width // 2), kv.key_width)
@@ -130,8 +130,8 @@ class LinearMap:
         num_slots: sequences.
         options: the method.
         fit: its factors from moments and a rank.
-        moments: of a calibration: all sequences then have the factors fitted to them; None: those
-            of a sequence's first sealed pages, of its prompt or its first chunk.
+        moments: of a calibration, of each part: all sequences then have the factors fitted to them;
+            None: those of a sequence's first sealed pages, of its prompt or its first chunk.
         num_bases: parts of a sequence, each of which has its own.
 
     Attributes:
@@ -141,7 +141,8 @@ class LinearMap:
 
     def __init__(
         self, kv: KVShape, width: int, rank: int, num_slots: int, options: LinearOptions,
-        fit: Callable[[Moments, int], Factors], moments: Moments | None, num_bases: int = 1,
+        fit: Callable[[Moments, int], Factors], moments: Sequence[Moments] | None,
+        num_bases: int = 1,
     ):
         self.rank, self.num_groups = rank, kv.num_groups
         self._fit = fit
@@ -154,7 +155,8 @@ class LinearMap:
             *(torch.zeros(maps, kv.num_groups, *shape, device=kv.device) for shape in shapes)
         )
         if moments is not None and num_slots:
-            self._keep(0, fit(moments, rank))
+            for part, own in enumerate(moments):
+                self._keep(part, fit(own.to(kv.device), rank))
 
     def is_fitted(self, slot: int) -> bool:
         return self._index(slot) in self._fitted

@@ -48,7 +48,7 @@ class MixedTransformOptions(TransformOptions):
         return self.keys.is_by_expert or self.values.is_by_expert
 
     def build(self, kv, num_slots, moments=None, num_bases=1):
-        keys, values = (None, None) if moments is None else moments
+        keys, values = (None, None) if moments is None else zip(*moments)
         return LinearTransform(
             self.keys.key_map(kv, num_slots, keys, num_bases),
             self.values.value_map(kv, num_slots, values, num_bases),

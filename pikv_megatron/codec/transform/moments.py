@@ -34,6 +34,11 @@ class Moments(NamedTuple):
         centred = x - mean.unsqueeze(1)
         return cls(mean, torch.bmm(centred.transpose(1, 2), centred), x.shape[1])
 
+    def to(self, device: torch.device) -> "Moments":
+        """On another device."""
+        metric = None if self.metric is None else self.metric.to(device)
+        return Moments(self.mean.to(device), self.scatter.to(device), self.count, metric)
+
     @property
     def second(self) -> Tensor:
         """[ng, w, w], sum over tokens of x^T x."""
