@@ -10,8 +10,10 @@ from rich.table import Table
 
 from pikv_megatron.benchmarks.kvpress.options import CompareOptions
 from pikv_megatron.benchmarks.kvpress.trial import Score
-from pikv_megatron.evaluation.report.svg import Point, pareto, scatter
+from pikv_megatron.evaluation.report.svg import Point, scatter
 from pikv_megatron.runtime.machine import machine
+
+PEER = "kvpress"
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,21 @@ def report_table(options: CompareOptions, results: Sequence[Result]) -> Table:
 
 
 def report_picture(options: CompareOptions, results: Sequence[Result]) -> str:
-    """SVG: accuracy against bytes, every press, and of ours what no other one of ours beats."""
-    points = [
-        Point(x.name, x.held_share, 100 * x.average, x.name.startswith("kvpress")) for x in results
+    """SVG: accuracy against bytes, every press, and the best one of ours at each budget."""
+    whole, *others = results
+    peers = [each for each in others if each.name.startswith(PEER)]
+    own = [each for each in others if not each.name.startswith(PEER)]
+    best = [
+        max((x for x in own if x.budget == budget), key=lambda x: (x.average, -x.held_share))
+        for budget in dict.fromkeys(each.budget for each in own)
     ]
-    whole, *others = points
-    peers = [point for point in others if point.is_peer]
-    own = pareto([point for point in others if not point.is_peer])
     return scatter(
         f"{options.model.name}, {options.length:,} tokens: accuracy against KV bytes",
         "KV bytes held, of those as computed", f"right answers, %: {', '.join(options.tasks)}",
-        [whole, *peers, *own],
+        [
+            Point(x.name, x.held_share, 100 * x.average, x in peers)
+            for x in (whole, *peers, *best)
+        ],
     )
 
 
