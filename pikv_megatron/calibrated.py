@@ -59,3 +59,28 @@ def load_calibrated(path: Path) -> Calibrated:
     except (KeyError, ValueError) as error:
         raise ValueError(f"calibration {path}: it has no manifest: {REMEDY}") from error
     return Calibrated(manifest, layers)
+
+
+def section(fitted: Mapping[str, Tensor] | None, asker: str, name: str) -> dict[str, Tensor]:
+    """The tensors of a layer's calibration that begin with `name`, without that.
+
+    Args:
+        fitted: the layer's, by name; None: there is no calibration.
+        asker: who needs them, as a configuration names it.
+
+    Raises:
+        ValueError: there is no calibration, or it has none of them.
+    """
+    if fitted is None:
+        raise ValueError(
+            f"{asker} needs a calibration: set calibration to a file of launch/calibrate.py"
+        )
+    start = f"{name}."
+    found = {key.removeprefix(start): x for key, x in fitted.items() if key.startswith(start)}
+    if not found:
+        raise ValueError(
+            f"{asker} needs the section {name!r} of a calibration, and this file has none for a "
+            "layer: those with latent attention, or without experts, may have none, and take "
+            "another method; else make the file anew with launch/calibrate.py"
+        )
+    return found

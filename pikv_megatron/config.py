@@ -12,6 +12,7 @@ from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
 from pikv_megatron.presets import preset_values
+from pikv_megatron.retention.budget import BytesBudget
 from pikv_megatron.sketch.keys import KeysOptions
 from pikv_megatron.sketch.none import NoSketchOptions
 
@@ -43,8 +44,9 @@ class PiKVConfig(LayerOptions):
         cuda_graphs: whether steps that only decode are recorded as CUDA graphs, one for each
             batch size and power of two of pages, and replayed: their cost on the host is gone.
             Without CUDA it changes nothing.
-        calibration: a file of `launch/calibrate.py`, which transforms and some retention policies
-            are fitted to; None: transforms learn from every sequence's first pages.
+        calibration: a file of `launch/calibrate.py`, which transforms, some retention policies and
+            `router.source: gate` are fitted to; None: transforms learn from every sequence's first
+            pages.
         layers: other methods for some layers.
 
     The methods are those of `LayerOptions`.
@@ -133,8 +135,7 @@ class PiKVConfig(LayerOptions):
                 )
         calibrated = {} if self.calibration is None else load_calibrated(self.calibration).layers
         specs = tuple(
-            self._spec_of(number, shape, len(layers), calibrated)
-            for number, shape in enumerate(layers)
+            self._spec_of(number, layers, calibrated) for number in range(len(layers))
         )
         summed = []
         for spec in specs:
@@ -154,6 +155,8 @@ class PiKVConfig(LayerOptions):
                     f"router.source {source} visits the shards of experts, and expert_shards is 1: "
                     "set it to a power of two, the number of experts say"
                 )
+            if spec.sliding_window is None:
+                spec.options.router.gate(spec.fitted)
             needs_bounds = spec.options.selector.needs_bounds
             spec.options.sketch.build(spec.kv, self.page_size, 0, needs_bounds)
             if (needs_bounds or spec.options.selector.samples) and self.replicas > 1:
@@ -210,16 +213,18 @@ class PiKVConfig(LayerOptions):
                 f"retention {name} sums over layers, and codec.transform pools pages of each by "
                 "itself: leave young out"
             )
-        if len({spec.options.budget for spec in specs}) > 1:
+        budgets = {spec.options.budget for spec in specs}
+        if len(budgets) > 1 or isinstance(budgets.pop(), BytesBudget):
             raise ValueError(
                 f"retention {name} keeps the same pages in all layers: give them one budget, share "
                 "or pages"
             )
 
     def _spec_of(
-        self, number: int, shape: LayerShape, num_layers: int, calibrated: Layers
+        self, number: int, layers: Sequence[LayerShape], calibrated: Layers
     ) -> LayerSpec:
-        spec = LayerSpec(number + 1, *shape, self._options_of(number, num_layers))
+        shape = layers[number]
+        spec = LayerSpec(number + 1, *shape, self._options_of(number, layers))
         # A layer with a sliding window has no pages, and needs no calibration.
         if self.calibration is None or shape.sliding_window is not None:
             return spec
@@ -234,13 +239,14 @@ class PiKVConfig(LayerOptions):
             fitted = {name: part.to(shape.kv.device) for name, part in fitted.items()}
         return spec._replace(moments=moments, fitted=fitted)
 
-    def _options_of(self, layer: int, num_layers: int) -> LayerOptions:
+    def _options_of(self, layer: int, layers: Sequence[LayerShape]) -> LayerOptions:
         methods = {name: getattr(self, name) for name in LayerOptions.model_fields}
         for override in self.layers:
             if layer in override.layers:
                 methods |= override.methods()
         options = LayerOptions(**methods).resolved()
-        budget = options.budget.for_layer(layer, num_layers)
+        num_paged = sum(shape.sliding_window is None for shape in layers)
+        budget = options.budget.for_layer(layer, len(layers), num_paged)
         return options.model_copy(update={"budget": budget})
 
 

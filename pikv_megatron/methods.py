@@ -2,6 +2,8 @@
 
 from typing import Any, Iterator
 
+from pydantic import ByteSize
+
 from pikv_megatron.codec.registry import Format, Transform
 from pikv_megatron.options import Options, members
 from pikv_megatron.retention.budget import RetentionBudget
@@ -40,6 +42,8 @@ def _parameters(options: type[Options]) -> Iterator[str]:
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, ByteSize):
+        return default.human_readable()
     return "null" if default in (None, ()) else str(getattr(default, "name", default))
 
 

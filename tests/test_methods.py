@@ -17,6 +17,7 @@ from pikv_megatron.options import members
 SMALL = dict(shard_after=0, page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
 PROMPTS = [[(7 * i) % VOCAB for i in range(90)], [5, 9, 2], [(3 * i) % VOCAB for i in range(61)]]
 NUM_NEW = 12
+BYTES = 28_000
 
 
 # Stands for a file that a run writes: some methods are fitted to the model.
@@ -40,6 +41,9 @@ METHODS = {
     if options.extra is None  # tests/retention/test_kvpress.py has the other
 } | {
     # Attention of random weights is diffuse, and by their defaults these would read nearly all.
+    "budget bytes": {
+        "retention": "streaming", "budget": {"name": "bytes", "bytes": BYTES},
+    },
     "selector certified": {"selector": {"name": "certified", "tolerance": 0.4}},
     "selector sampled": {"selector": {"name": "sampled", "epsilon": 0.4}},
     "router of the MoE": {
@@ -47,6 +51,10 @@ METHODS = {
     },
     "router of the layer before": {
         "router": {"name": "eplb", "source": "previous"}, "token_shards": 1, "expert_shards": 4,
+    },
+    "router of a calibrated gate": {
+        "router": {"name": "top_k", "source": "gate"}, "token_shards": 1, "expert_shards": 4,
+        "calibration": CALIBRATION,
     },
     "mass with a tail": {"selector": {"name": "mass", "tail": "mean"}},
     "keys first": {
@@ -83,13 +91,14 @@ LOSSLESS = [
     )
 ] + ["keys before RoPE"]
 # Pages are few here, and the paper's K is 16 a shard.
-KEEPS_MOST = "retention all", "budget pages"
+KEEPS_MOST = "retention all", "budget pages", "budget bytes"
 # An owner learns a basis from the pages that it has, and tokens travel to it in fewer bits where
 # their pages are packed.
 EVERYWHERE_ALIKE = "codec.transform identity", "codec.transform pyramidkv", "codec.format plain"
 BY_RANK = [
     name for name in METHODS
-    if name in ("everything", "pooled old pages")
+    # Every rank has bytes of its own.
+    if name in ("everything", "pooled old pages", "budget bytes")
     or name.startswith("codec.") and name not in EVERYWHERE_ALIKE
 ]
 
@@ -170,6 +179,8 @@ def test_every_method_acts_through_generate(num_ranks, found_alone, calibration)
         if name.startswith(("retention", "budget")) or name == "everything":
             if name not in KEEPS_MOST:
                 assert 0 < total["kept"] < 0.4 * total["sealed"], name
+        if name == "budget bytes":
+            assert 0 < total["kept"] < total["sealed"], name
         lossy = "router", "selector", "keys", "everything"
         if name.startswith(lossy) and name not in LOSSLESS:
             assert 0 < total["read"] < 0.9 * all_pages, name

@@ -12,6 +12,7 @@ from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.types import Ageing, PageStats
 
+BEHIND = 1 << 20  # all shards
 # Keys and values [ng, c, pages * S, w] and positions [c, pages * S] of groups -> keys and values
 # [ng, c, S, w].
 Merge = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -84,7 +85,7 @@ def _groups(
 def _by_age(is_mine: Tensor, shard: Tensor, newest: Tensor) -> tuple[Tensor, ...]:
     """Columns shard by shard, oldest first, those that are not asked for last; their numbers in
     that order, and those of the first and of the last one of their shard: [r, m] each."""
-    key = torch.where(is_mine, shard.long(), shard.max() + 1) << 40
+    key = torch.where(is_mine, shard.long(), BEHIND) << 40
     key, column = (key + newest.clamp(min=0)).sort(dim=1)
     group, m = key >> 40, key.shape[1]
     index = torch.arange(m, device=key.device).expand_as(key)
@@ -92,6 +93,6 @@ def _by_age(is_mine: Tensor, shard: Tensor, newest: Tensor) -> tuple[Tensor, ...
     is_start[:, 1:] = group[:, 1:] != group[:, :-1]
     start = torch.where(is_start, index, 0).cummax(dim=1).values
     is_end = is_start.roll(-1, dims=1)
-    is_end[:, -1] = True
+    is_end[:, -1:] = True
     end = torch.where(is_end, index, m).flip(1).cummin(dim=1).values.flip(1)
     return column, index, start, end

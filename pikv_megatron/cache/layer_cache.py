@@ -57,6 +57,7 @@ class LayerCache:
             be set where the selector certifies only. None: nobody asks.
         on_attend: told of every step's query, key and value, as they are cached; None: nobody asks.
         on_leave: told of the tokens that leave the window, as computed; None: nobody asks.
+        gate: says by experts what shards are worth; None: it is not calibrated.
         peers: layers, in order, that keep the same pages, this one among them; none: it keeps its
             own.
     """
@@ -73,6 +74,7 @@ class LayerCache:
         self.router = spec.options.router.build(
             num_slots, placement.num_shards, spec.kv.device
         )
+        self.gate = spec.options.router.gate(spec.fitted)
         self.selector = spec.options.selector.build()
         self.peers: "list[LayerCache]" = []
         self._dispatcher = dispatcher

@@ -17,7 +17,7 @@ from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.store_lists import StoreLists
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.retention.base import RetentionPolicy, beyond
-from pikv_megatron.retention.budget import Budget
+from pikv_megatron.retention.budget import PageBudget
 from pikv_megatron.types import PageStats
 
 
@@ -39,7 +39,7 @@ class PageKeeper:
     """
 
     def __init__(
-        self, retention: RetentionPolicy | None, budget: Budget, pinned: Pinned,
+        self, retention: RetentionPolicy | None, budget: PageBudget, pinned: Pinned,
         codec: PageCodec, placement: Placement, pool: PagePool, table: PageTable,
         ledger: PageLedger, statistics: PageStatistics | None, lists: StoreLists,
     ):

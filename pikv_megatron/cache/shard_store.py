@@ -84,11 +84,12 @@ class ShardStore:
                 kv.num_groups, spec.num_heads, num_slots, kv.device,
                 options.retention.use_threshold,
             )
+        budget = options.budget.in_store(self.growth_bytes(1), num_slots, self._shards)
         self._lists = StoreLists(
             self.pool, self.table, self.buffers, placement, kv, spec.num_heads, self._codec.angles
         )
         self.keeper = PageKeeper(
-            retention, options.budget, pinned, self._codec, placement, self.pool, self.table,
+            retention, budget, pinned, self._codec, placement, self.pool, self.table,
             self.ledger, self.statistics, self._lists,
         )
         self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None

@@ -1,17 +1,23 @@
 """Shows the windows of a text, layer by layer, to what is fitted to them.
 
-Legend: t tokens, np query heads, ng KV heads, w width.
+Legend: t tokens, np query heads, ng KV heads, w width, h hidden size, E experts on all ranks.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from pikv_megatron.cache.layer_cache import LayerCache
+from pikv_megatron.calibration.fits.base import LayerFit
 from pikv_megatron.calibration.registry import FITS
 from pikv_megatron.calibration.window import LayerWindow
+from pikv_megatron.transformer.cached_attention import by_row
 from pikv_megatron.transformer.context import PiKVInferenceContext
+from pikv_megatron.transformer.transformer_layer import PiKVLayerMixin
 
 Sums = dict[str, Tensor]  # by layer, fit and name
 
@@ -24,7 +30,7 @@ class Collector:
         model: of the context.
         num_tokens: that are fed of a window.
         num_windows: of all ranks.
-        per_expert: tokens are to be told apart by their experts.
+        fits: what is fitted.
 
     Attributes:
         window: number of the window that this rank feeds; None: it feeds none that counts.
@@ -32,19 +38,17 @@ class Collector:
 
     def __init__(
         self, context: PiKVInferenceContext, model: GPTModel, num_tokens: int, num_windows: int,
-        per_expert: bool = False,
+        fits: Sequence[type[LayerFit]] = FITS,
     ):
         self.window: int | None = None
         self._group, self._rank = context.ep_group, context.rank
         self._sums: Sums = {}
         self._layers = {
             layer.spec.number - 1: _Listener(
-                self, layer, model.decoder.layers[layer.spec.number - 1].self_attention,
-                num_tokens, num_windows, per_expert,
+                self, layer, model.decoder.layers[layer.spec.number - 1], num_tokens, num_windows,
+                fits,
             ) for layer in context.sharded_layers
         }
-        if per_expert:
-            context.on_experts = self._hear_experts
 
     def add(self, parts: Sums) -> None:
         """Add what a window gives."""
@@ -77,27 +81,29 @@ class Collector:
             self._layers.items()
         }
 
-    def _hear_experts(self, layer_number: int, experts: Tensor | None) -> None:
-        if self.window is not None and layer_number - 1 in self._layers:
-            self._layers[layer_number - 1].hear_experts(experts)
-
 
 class _Listener:
-    """Puts the steps of a layer together to windows."""
+    """Puts the steps of a layer together to windows.
+
+    A step tells of its input, then of what it attends with, and of its experts at the end.
+    """
 
     def __init__(
-        self, owner: Collector, layer: LayerCache, attention: torch.nn.Module, num_tokens: int,
-        num_windows: int, per_expert: bool,
+        self, owner: Collector, cache: LayerCache, layer: PiKVLayerMixin, num_tokens: int,
+        num_windows: int, fits: Sequence[type[LayerFit]],
     ):
-        self._owner, self._spec, self._num_tokens = owner, layer.spec, num_tokens
-        self._fits = {kind.__name__: kind(attention, num_windows) for kind in FITS}
-        self._per_expert = per_expert
+        attention = layer.self_attention
+        self._owner, self._spec, self._num_tokens = owner, cache.spec, num_tokens
+        self._layer = layer
+        self._fits = {kind.__name__: kind(attention, num_windows) for kind in fits}
         self._parts: list[tuple[Tensor, ...]] = []
+        self._hidden: Tensor | None = None
+        self._attended: tuple[Tensor, ...] = ()
         self._angles: Tensor | None = None
         self._is_interleaved = attention.config.rotary_interleaved
-        layer.on_attend = self._hear
-        if not layer.spec.kv.values_in_keys:
-            attention.register_forward_pre_hook(self._keep_angles, with_kwargs=True)
+        attention.register_forward_pre_hook(self._hear_input, with_kwargs=True)
+        cache.on_attend = self._hear
+        layer.mlp.register_forward_hook(self._end_step)
 
     def finish(self, sums: Sums, prefix: str) -> dict[str, Tensor]:
         found = {}
@@ -108,38 +114,38 @@ class _Listener:
                 found |= fit.finish(own)
         return found
 
-    def hear_experts(self, experts: Tensor | None) -> None:
-        """Those of the step that was heard last, [t, 1], best first; None: the layer has none."""
-        key = self._parts[-1][1]
-        experts = key.new_zeros(len(key), 1) if experts is None else experts
-        self._parts[-1] += (experts[:, 0].long(),)
-        self._add_up()
-
     def _hear(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """A step's query [t, np, w], key and value [t, ng, w]."""
+        self._attended = query, key, value
+
+    def _end_step(self, mlp, args, output) -> None:
         if self._owner.window is None:
             return
-        self._parts.append((query, key, value))
-        if not self._per_expert:
-            self._add_up()
-
-    def _add_up(self) -> None:
-        """What the window gives, once all its tokens were heard."""
-        if sum(len(part[1]) for part in self._parts) < self._num_tokens:
+        count = len(self._attended[0])
+        part = *self._attended, by_row(self._hidden, count)
+        choice = self._layer.expert_choice()
+        if choice is not None:
+            best = choice.best(1)[:count, 0]
+            part += (F.one_hot(best, self._layer.config.num_moe_experts).float(),)
+        self._parts.append(part)
+        if sum(len(part[0]) for part in self._parts) < self._num_tokens:
             return
-        query, key, value, *experts = (torch.cat(parts) for parts in zip(*self._parts))
+        query, key, value, hidden, *experts = (torch.cat(parts) for parts in zip(*self._parts))
         self._parts = []
         window = LayerWindow(
             self._owner.window, self._spec.kv, query, key, value, self._spec.softmax_scale,
-            self._angles, self._is_interleaved, *experts,
+            self._angles, self._is_interleaved, hidden, *(experts or [None]),
         )
         start = f"{self._spec.number - 1}."
         for name, fit in self._fits.items():
             parts = fit.of(window)
             self._owner.add({f"{start}{name}.{key}": part for key, part in parts.items()})
 
-    def _keep_angles(self, attention, args, kwargs) -> None:
-        """Angles by position [positions, 1, 1, w] come with every step."""
+    def _hear_input(self, attention, args, kwargs) -> None:
+        """Hidden states [sq, b, h], and angles by position [positions, 1, 1, w]."""
+        self._hidden = args[0]
+        if self._spec.kv.values_in_keys:
+            return
         table = kwargs.get("rotary_pos_emb")
         table = table[0] if isinstance(table, tuple) else table
         skips = attention.config.no_rope_freq

@@ -2,11 +2,12 @@
 
 from pikv_megatron.calibration.fits.base import LayerFit
 from pikv_megatron.calibration.fits.expert_moments import ExpertMomentsFit
+from pikv_megatron.calibration.fits.gate import GateFit
 from pikv_megatron.calibration.fits.heads import HeadsFit
 from pikv_megatron.calibration.fits.moments import MomentsFit
 from pikv_megatron.calibration.fits.queries import QueriesFit
 from pikv_megatron.calibration.fits.scorer import ScorerFit
 
-FITS: tuple[type[LayerFit], ...] = (
-    MomentsFit, ExpertMomentsFit, QueriesFit, HeadsFit, ScorerFit,
-)
+FITS: tuple[type[LayerFit], ...] = (MomentsFit, QueriesFit, HeadsFit, ScorerFit, GateFit)
+# Only where they are asked for: what they say is large.
+PER_EXPERT: tuple[type[LayerFit], ...] = (ExpertMomentsFit,)

@@ -1,7 +1,7 @@
 """A window of text in one layer, as its cache comes to know it.
 
 Legend: t tokens, np query heads, ng KV heads, g = np / ng, w width of a cached key, w_r rotated
-channels.
+channels, h hidden size, E experts on all ranks.
 """
 
 from dataclasses import dataclass
@@ -27,10 +27,13 @@ class FarAttention(NamedTuple):
         share: [np], of the attention of those queries, one in 64, that look there most: a head
             that retrieves seldom retrieves all the same.
         peak: [ng, t], largest share that any query so far away gave a token, over a group's heads.
+        by_expert: [t, E], share that a query gave to the tokens of each expert, mean over heads;
+            None in a layer without experts.
     """
 
     share: Tensor
     peak: Tensor
+    by_expert: Tensor | None
 
 
 @dataclass
@@ -46,8 +49,9 @@ class LayerWindow:
         softmax_scale: factor on the logits.
         angles: [w_r], by which a token is turned further than the one before it; None: unknown.
         is_interleaved: channels 2 i and 2 i + 1 are a pair, else i and i + w_r / 2.
-        experts: [t], int64, the best ones that the layer chose; all 0 where it has none; None: they
-            are not to be told apart.
+        hidden: [t, h], what the attention was given.
+        experts: [t, E], float32, 1 for the expert that had most of a token; None: the layer has
+            none.
     """
 
     number: int
@@ -58,14 +62,16 @@ class LayerWindow:
     softmax_scale: float
     angles: Tensor | None
     is_interleaved: bool
-    experts: Tensor | None = None
+    hidden: Tensor
+    experts: Tensor | None
 
     @cached_property
     def far(self) -> FarAttention:
         """Of this window."""
         num_tokens, num_groups = self.key.shape[:2]
         place = torch.arange(num_tokens, device=self.key.device)
-        shares, peaks = [], self.key.new_zeros(num_groups, num_tokens, dtype=torch.float32)
+        peaks = self.key.new_zeros(num_groups, num_tokens, dtype=torch.float32)
+        shares, masses = [], []
         for first in range(0, num_tokens, _QUERIES):
             at = place[first : first + _QUERIES, None]
             query = self.query[first : first + _QUERIES].float().unflatten(1, (num_groups, -1))
@@ -75,6 +81,9 @@ class LayerWindow:
             weights = weights * is_far
             shares.append(weights.sum(dim=3).flatten(0, 1)[:, is_far.any(dim=1)])
             peaks = torch.maximum(peaks, weights.amax(dim=(1, 2)))
+            if self.experts is not None:
+                masses.append(weights.mean(dim=(0, 1)) @ self.experts)
         share = torch.cat(shares, dim=1)
         farthest = share.topk(-(-share.shape[1] // FARTHEST), dim=1).values
-        return FarAttention(farthest.mean(dim=1).nan_to_num(), peaks)
+        by_expert = torch.cat(masses) if masses else None
+        return FarAttention(farthest.mean(dim=1).nan_to_num(), peaks, by_expert)

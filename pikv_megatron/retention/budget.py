@@ -8,16 +8,37 @@ from abc import abstractmethod
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from pikv_megatron.options import Options, family
 
 
 class Budget(Options):
+    """A limit on the pages that stay, as a configuration gives it."""
+
+    def for_layer(self, number: int, num_layers: int, num_paged: int) -> "Budget":
+        """The budget of layer `number`, from 0, of `num_layers`, of which `num_paged` have pages.
+        """
+        return self
+
+    @abstractmethod
+    def in_store(self, page_bytes: int, num_sequences: int, num_shards: int) -> "PageBudget":
+        """The same in pages, on a rank.
+
+        Args:
+            page_bytes: of a page of the layer, with all that is kept of it.
+            num_sequences: that have pages on the rank at most.
+            num_shards: of each sequence that the rank owns.
+
+        Raises:
+            ValueError: no page would stay.
+        """
+
+
+class PageBudget(Budget):
     """A limit on the pages of each sequence and shard."""
 
-    def for_layer(self, number: int, num_layers: int) -> "Budget":
-        """The budget of layer `number`, from 0."""
+    def in_store(self, page_bytes, num_sequences, num_shards):
         return self
 
     @abstractmethod
@@ -29,7 +50,7 @@ class Budget(Options):
         """At least the pages that stay of `num_sealed`, however they lie in `num_shards`."""
 
 
-class ShareBudget(Budget):
+class ShareBudget(PageBudget):
     """A share of the pages that a sequence ever filled, in every shard."""
 
     name: Literal["share"] = "share"
@@ -45,7 +66,7 @@ class ShareBudget(Budget):
         return min(num_sealed, math.ceil(num_sealed * self.keep) + num_shards - 1)
 
 
-class PagesBudget(Budget):
+class PagesBudget(PageBudget):
     """A number of pages in each shard (the paper's K)."""
 
     name: Literal["pages"] = "pages"
@@ -77,9 +98,39 @@ class PyramidBudget(ShareBudget):
             )
         return self
 
-    def for_layer(self, number, num_layers):
+    def for_layer(self, number, num_layers, num_paged):
         slope = 1 - 2 * number / (num_layers - 1) if num_layers > 1 else 0.0
         return ShareBudget(keep=self.keep * (1 + self.steepness * slope))
 
 
-RetentionBudget = family(ShareBudget, PagesBudget, PyramidBudget)
+class BytesBudget(Budget):
+    """Bytes of a rank's pages, the same part of them for each layer, sequence slot and shard.
+
+    What a sequence keeps does not depend on those beside it, and pages that stay never take more,
+    whatever comes; pinned ones may. Every rank has its own bytes, so this depends on the number of
+    ranks: over twice as many, as many sequences keep twice as much.
+    """
+
+    name: Literal["bytes"] = "bytes"
+    bytes: ByteSize = Field(
+        ByteSize(2**28), ge=1,
+        description="that pages which stay take on a rank at most, all layers and sequence slots "
+        "together, `2GiB` say; room for the pages of a prompt's chunk comes on top",
+    )
+
+    def for_layer(self, number, num_layers, num_paged):
+        return self.model_copy(update={"bytes": ByteSize(self.bytes // max(1, num_paged))})
+
+    def in_store(self, page_bytes, num_sequences, num_shards):
+        least = num_sequences * num_shards * page_bytes
+        if self.bytes < least:
+            raise ValueError(
+                f"budget.bytes leaves a layer {self.bytes.human_readable()}, and one page of "
+                f"{page_bytes} bytes in each of {num_shards} shards of {num_sequences} sequences "
+                f"takes {ByteSize(least).human_readable()}: raise it, or lower the number of "
+                "sequences, token_shards or page_size"
+            )
+        return PagesBudget(pages=self.bytes // least)
+
+
+RetentionBudget = family(ShareBudget, PagesBudget, PyramidBudget, BytesBudget)

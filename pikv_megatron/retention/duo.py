@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pikv_megatron.calibrated import section
 from pikv_megatron.retention.base import ObservingOptions, RetentionPolicy
-from pikv_megatron.retention.fitted import section
 
 
 class DuoOptions(ObservingOptions):
@@ -27,7 +27,7 @@ class DuoOptions(ObservingOptions):
     needs_calibration: ClassVar[bool] = True
 
     def build(self, fitted=None):
-        return DuoPolicy(section(fitted, self.name, "heads")["far"], self.threshold)
+        return DuoPolicy(section(fitted, f"retention {self.name}", "heads")["far"], self.threshold)
 
 
 class DuoPolicy(RetentionPolicy):

@@ -9,8 +9,9 @@ from typing import Mapping
 import torch
 from torch import Tensor
 
+from pikv_megatron.calibrated import section
 from pikv_megatron.ops.rotation import unrotated
-from pikv_megatron.retention.fitted import Rotary, section
+from pikv_megatron.retention.fitted import Rotary
 
 
 class ExpectedQueries:
@@ -43,7 +44,8 @@ class ExpectedQueries:
         Raises:
             ValueError: it has none.
         """
-        queries, rotary = (section(fitted, policy, part) for part in ("queries", "rotary"))
+        asker = f"retention {policy}"
+        queries, rotary = (section(fitted, asker, part) for part in ("queries", "rotary"))
         return cls(queries["mean"], queries["covariance"], Rotary(rotary), horizon)
 
     def logits(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:

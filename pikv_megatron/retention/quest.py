@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from pikv_megatron.calibrated import section
 from pikv_megatron.retention.base import RetentionOptions, RetentionPolicy
-from pikv_megatron.retention.fitted import Rotary, section
+from pikv_megatron.retention.fitted import Rotary
 from pikv_megatron.retention.scorer import Scorer, features
 
 
@@ -26,7 +27,8 @@ class QuestOptions(RetentionOptions):
     needs_calibration: ClassVar[bool] = True
 
     def build(self, fitted=None):
-        scorer, rotary = (section(fitted, self.name, part) for part in ("scorer", "rotary"))
+        asker = f"retention {self.name}"
+        scorer, rotary = (section(fitted, asker, part) for part in ("scorer", "rotary"))
         return QuestPolicy(Scorer(**scorer), Rotary(rotary), self.threshold)
 
 

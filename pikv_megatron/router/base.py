@@ -8,12 +8,13 @@ Legend: n sequences, N shards.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Mapping
 
 import torch
 
 from pikv_megatron.options import Options
 from pikv_megatron.relevance import Ask
+from pikv_megatron.router.linear_gate import LinearGate
 
 
 class KVRouter(ABC):
@@ -50,8 +51,8 @@ class RouterOptions(Options):
     """Parameters of a router.
 
     Attributes:
-        expert_source: whose experts say what shards are worth, `moe` or `previous` of
-            `GateOptions.source`; None: no one's.
+        expert_source: who says by experts what shards are worth, `moe`, `previous` or `gate` of
+            `GateOptions.source`; None: no one.
     """
 
     expert_source: ClassVar[str | None] = None
@@ -60,3 +61,14 @@ class RouterOptions(Options):
     def build(self, num_slots: int, num_shards: int, device: torch.device) -> KVRouter | None:
         """The router of a layer, whose home rank has `num_slots` sequences; None visits every
         shard."""
+
+    def gate(self, fitted: Mapping[str, torch.Tensor] | None) -> LinearGate | None:
+        """What says by experts what shards are worth, where it is calibrated.
+
+        Args:
+            fitted: what was calibrated of the layer, by name; None: nothing was.
+
+        Raises:
+            ValueError: it is missing there.
+        """
+        return None

@@ -10,16 +10,18 @@ from pydantic import Field
 
 from pikv_megatron.ops.route_topk import route_topk
 from pikv_megatron.router.base import KVRouter, RouterOptions
+from pikv_megatron.router.linear_gate import LinearGate
 
 
 class GateOptions(RouterOptions):
     """Parameters of a router over shard logits."""
 
     k: int = Field(2, ge=1, description="shards to visit")
-    source: Literal["relevance", "moe", "previous"] = Field(
+    source: Literal["relevance", "moe", "previous", "gate"] = Field(
         "relevance", description="logits of the shards: `relevance`, page scores summed per shard; "
         "`moe`, what the layer's MoE router makes of the attention's input; `previous`, experts "
-        "that the MoE layer before chose; these two where shards belong to experts"
+        "that the MoE layer before chose; `gate`, what a calibrated linear gate makes of the "
+        "attention's input; these three where shards belong to experts"
     )
 
     @property
@@ -29,6 +31,9 @@ class GateOptions(RouterOptions):
     @property
     def expert_source(self) -> str | None:
         return None if self.source == "relevance" else self.source
+
+    def gate(self, fitted):
+        return LinearGate(fitted) if self.source == "gate" else None
 
 
 class GateRouter(KVRouter):

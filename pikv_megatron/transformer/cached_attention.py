@@ -58,7 +58,7 @@ class CachedAttention(ABC):
         sq, b = hidden_states.shape[:2]
         layer = context.layers[self.layer_number]
         if layer.expert_source is not None:
-            experts = self.expert_shares(hidden_states, context, layer.expert_source)
+            experts = self.expert_shares(hidden_states, context, layer)
             layer.weigh_shards(by_row(experts.view(sq, b, -1), plan.num_tokens))
         output = self._attend(hidden_states, rotary_pos_emb, context, plan, layer).flatten(1)
         if plan.num_tokens < sq * b:

@@ -48,10 +48,6 @@ class PiKVInferenceContext(StaticInferenceContext):
         ep_group: the expert-parallel group; None for a single rank.
         pads_evenly: all ranks must forward the same number of tokens.
 
-    Attributes:
-        on_experts: told of every layer's number and the best experts of the step's tokens [t, 1];
-            of None where it has none. None: nobody asks.
-
     Raises:
         ValueError: the group's size does not divide the number of shards.
     """
@@ -69,7 +65,6 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.footprint = Footprint(self.placement, config.page_size, max(1, self.keeps_experts))
         self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
         self.plan: StepPlan | None = None
-        self.on_experts: Callable[[int, torch.Tensor | None], None] | None = None
         self._pads_evenly = pads_evenly
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False

@@ -6,6 +6,7 @@ Legend: sq tokens of a row, b rows of the batch, E experts on all ranks, h hidde
 import torch
 from torch import nn
 
+from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.transformer.context import PiKVInferenceContext
 from pikv_megatron.transformer.expert_choice import ExpertChoice, router_logits
 
@@ -21,12 +22,15 @@ class ExpertShares:
         self._mlp = mlp
 
     def __call__(
-        self, hidden_states: torch.Tensor, context: PiKVInferenceContext, source: str
+        self, hidden_states: torch.Tensor, context: PiKVInferenceContext, layer: LayerCache
     ) -> torch.Tensor:
-        """[sq * b, E], float32, of 1: what the MoE layer before chose in this step, or, asked
-        otherwise or the first, what this layer's router makes of hidden states [sq, b, h]."""
-        if source == "previous" and context.last_experts is not None:
+        """[sq * b, E], float32, of 1: what the MoE layer before chose in this step, or what the
+        cache's gate, or else (in the first layer, too) this layer's router, makes of hidden states
+        [sq, b, h]."""
+        if layer.expert_source == "previous" and context.last_experts is not None:
             return context.last_experts
+        if layer.gate is not None:
+            return layer.gate(hidden_states.flatten(0, 1))
         logits = router_logits(self._mlp.router, hidden_states.flatten(0, 1))
         return logits.float().softmax(dim=1)
 

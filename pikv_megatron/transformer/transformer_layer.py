@@ -34,21 +34,16 @@ class PiKVLayerMixin(LeanLayerMixin):
         output = super().forward(hidden_states, *args, **kwargs)
         context = kwargs.get("inference_context")
         if isinstance(context, PiKVInferenceContext) and not self.training:
-            wanted = context.keeps_experts or int(context.on_experts is not None)
-            experts, choice = None, self._choice() if wanted else None
+            experts, choice = None, self.expert_choice() if context.keeps_experts else None
             if choice is not None:
-                experts = self._best_experts(choice, wanted, context, *hidden_states.shape[:2])
-            if context.on_experts is not None:
-                context.on_experts(self.layer_number, experts)
+                experts = self._best_experts(choice, context, *hidden_states.shape[:2])
             if choice is not None and context.keeps_last_experts:
                 context.last_experts = shares_of(choice, self.config.num_moe_experts)
-            context.layers[self.layer_number].settle(
-                context.plan, experts if context.keeps_experts else None
-            )
+            context.layers[self.layer_number].settle(context.plan, experts)
         self._router_probs = None
         return output
 
-    def _choice(self) -> ExpertChoice | None:
+    def expert_choice(self) -> ExpertChoice | None:
         """Of the step's tokens, with its padding; None in a layer without experts."""
         if isinstance(self.mlp, LeanMoELayer):
             return self.mlp.choice
@@ -57,11 +52,11 @@ class PiKVLayerMixin(LeanLayerMixin):
         return None
 
     def _best_experts(
-        self, choice: ExpertChoice, count: int, context: PiKVInferenceContext, sq: int, b: int
+        self, choice: ExpertChoice, context: PiKVInferenceContext, sq: int, b: int
     ) -> torch.Tensor:
-        """[t, count], int16, of the step's tokens."""
+        """[t, replicas], int16, of the step's tokens."""
         # The router sees [sq, b, h] flattened; tokens behind the real ones are padding.
-        best = choice.best(count).view(sq, b, -1).transpose(0, 1).flatten(0, 1)
+        best = choice.best(context.keeps_experts).view(sq, b, -1).transpose(0, 1).flatten(0, 1)
         return best[: context.plan.num_tokens].to(torch.int16)
 
     def _keep_router_probs(self, router, args, output) -> None:

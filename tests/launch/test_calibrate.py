@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    return ["--model", str(folder / "model"), "--length", "64", "--windows", "4", *more]
+    return ["--model", str(folder / "model"), "--length", "128", "--windows", "4", *more]
 
 
 def test_one_rank_and_two_find_the_same(folder):
@@ -51,7 +51,7 @@ def test_one_rank_and_two_find_the_same(folder):
         capture_output=True, text=True, timeout=240, env=environment, cwd="/",
     )
     assert alone.returncode == 0, alone.stderr
-    assert "2 layers, 256 tokens" in alone.stdout
+    assert "2 layers, 512 tokens" in alone.stdout
     pair = launch(PROGRAM, *wanted, "--output", str(files[1]), timeout=240)
     assert pair.returncode == 0, pair.stderr
     one, two = (load_calibrated(file) for file in files)
@@ -61,10 +61,10 @@ def test_one_rank_and_two_find_the_same(folder):
         assert one.layers[number].keys() == two.layers[number].keys()
         for name, part in one.layers[number].items():
             torch.testing.assert_close(part, two.layers[number][name], rtol=1e-4, atol=1e-4)
-        assert int(one.layers[number]["experts.keys.count"].sum()) == 4 * 63
+        assert int(one.layers[number]["experts.keys.count"].sum()) == 4 * 127
     moments = [read_moments(files[0], number, one.layers[number], KV) for number in range(2)]
     for mine in (part for layer in moments for part in layer):
-        assert mine.count == 4 * 63 and torch.linalg.eigvalsh(mine.metric).min() > -1e-4
+        assert mine.count == 4 * 127 and torch.linalg.eigvalsh(mine.metric).min() > -1e-4
     check_configuration(files[0], moments)
     check_it_is_this_model(folder / "model", files[0])
 
@@ -131,6 +131,7 @@ def test_what_is_expected_is_found(folder):
         spectrum = torch.linalg.eigvalsh(layer["queries.covariance"])
         assert layer["queries.mean"].shape == (4, 8) and spectrum.min() > -1e-5
         assert layer["scorer.first"].shape == (2, 16, HIDDEN)
+        assert layer["gate.weight"].abs().max() > 0
         assert layer["rotary.angles"].shape == (8,) and layer["rotary.angles"][0] == 1
 
 

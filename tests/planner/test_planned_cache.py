@@ -48,7 +48,9 @@ ROUTED = "route_top_k", "route_hierarchical"
 
 def configs() -> dict[str, PiKVConfig]:
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.yaml")]
-    found = {path.stem: PiKVConfig.from_file(path) for path in sorted(paths)}
+    read = {path.stem: PiKVConfig.from_file(path) for path in sorted(paths)}
+    # A calibration is of one model, and weights are drawn here.
+    found = {name: pikv for name, pikv in read.items() if pikv.calibration is None}
     found["allgather"] = found["h2o"].model_copy(update={"dispatcher": "allgather"})
     return {
         name: pikv.model_copy(update={"shard_after": min(NEAR, pikv.shard_after)})

@@ -93,6 +93,7 @@ def test_heads_that_stream_have_no_say():
 @pytest.mark.parametrize("fields, message", [
     ({"expert_shards": 2}, "with expert_shards 2 a page holds other tokens in each"),
     ({"budget": "pyramid"}, "give them one budget"),
+    ({"budget": "bytes"}, "give them one budget"),
     ({"codec": {"transform": {"name": "pyramidkv", "young": 1}}}, "pools pages of each by itself"),
 ])
 def test_what_parts_the_layers_is_refused(calibration, fields, message):

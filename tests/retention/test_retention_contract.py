@@ -3,9 +3,9 @@
 import pytest
 import torch
 from calibrations import drawn_calibration
-from layer_caches import SHAPE
+from layer_caches import SHAPE, new_context
 
-from pikv_megatron import PiKVConfig
+from pikv_megatron import PiKVConfig, PiKVInferenceContext
 from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.options import members
 from pikv_megatron.retention.adakv import AdaKVOptions
@@ -134,7 +134,8 @@ def test_pinned_pages_stay_and_fill_the_budget_first(name):
 @pytest.mark.parametrize("name", BUDGETS)
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_a_budget_never_falls_and_never_exceeds_what_there_is(name, num_shards):
-    sealed, budget = torch.arange(40), BUDGETS[name]()
+    sealed = torch.arange(40)
+    budget = BUDGETS[name]().in_store(2**20, 10, num_shards)
     limit = budget.limit(sealed)
     assert limit.dtype == torch.int64 and (limit <= sealed).all() and (limit.diff() >= 0).all()
     for total in range(40):
@@ -146,6 +147,36 @@ def test_budgets_mean_what_they_say():
     sealed = torch.tensor([0, 1, 8, 100])
     assert ShareBudget(keep=0.25).limit(sealed).tolist() == [0, 1, 2, 25]
     assert PagesBudget(pages=3).limit(sealed).tolist() == [0, 1, 3, 3]
+
+
+BYTES = 100_000
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"retention": "snapkv"},
+    {"codec": {"format": {"name": "aged", "young": 1, "new": "int8", "old": "int4"}}},
+])
+def test_bytes_are_filled_and_never_exceeded(fields):
+    """Whatever is kept of a page is counted."""
+    budget = {"name": "bytes", "bytes": BYTES}
+    fields = {"retention": "h2o", "token_shards": 4, "page_size": 16} | fields
+    near = SHAPE._replace(sliding_window=32)
+    specs = PiKVConfig(**fields, budget=budget).resolve([SHAPE, near, SHAPE])
+    context = PiKVInferenceContext(3, 4096, PiKVConfig(**fields, budget=budget), specs)
+    taken = 0
+    for layer in context.sharded_layers:
+        store = layer.store
+        most = 3 * store.keeper.num_columns(context.most_pages)
+        taken += store.growth_bytes(most)
+        one_more = store.growth_bytes(most + 3 * 4)
+    assert len(context.sharded_layers) == 2
+    assert taken <= BYTES < 2 * one_more
+
+
+def test_bytes_for_less_than_a_page_are_refused():
+    config = PiKVConfig(retention="h2o", budget={"name": "bytes", "bytes": "8KiB"})
+    with pytest.raises(ValueError, match="budget.bytes leaves a layer 8.0KiB, and one page of"):
+        new_context(config, 4, 4096)
 
 
 def test_a_pyramid_keeps_the_mean_and_less_from_layer_to_layer():

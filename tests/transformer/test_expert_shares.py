@@ -1,11 +1,16 @@
 """Routers that listen to experts hear those that the layers have."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from parity_models import VOCAB, build, draw_weights
 
 from pikv_megatron import PiKVConfig, PiKVForCausalLM, PiKVInferenceContext
+from pikv_megatron.calibrated import load_calibrated, save_calibrated
+from pikv_megatron.calibration.run import calibrate
+from pikv_megatron.router.linear_gate import LEAST
 
 FIELDS = dict(
     page_size=4, window=6, num_sinks=2, flush_interval=3, shard_after=0, token_shards=2,
@@ -18,11 +23,26 @@ def is_lean(request) -> bool:
     return request.param
 
 
-def heard(pg, source: str, is_lean: bool) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+@pytest.fixture(scope="module")
+def calibration(one_rank, tmp_path_factory) -> Path:
+    """Of the model whose weights are drawn with seed 0."""
+    path = tmp_path_factory.mktemp("gate") / "calibration.safetensors"
+    model = build(one_rank, PiKVConfig())
+    draw_weights(model, 0)
+    ids = torch.randint(VOCAB, (2, 120), generator=torch.Generator().manual_seed(2))
+    save_calibrated(path, {"model": "tiny"}, calibrate(model, ids, VOCAB, {}))
+    return path
+
+
+def heard(
+    pg, source: str, is_lean: bool, calibration: Path
+) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     """Of every decode step: the layer, what its router was told, and what is right."""
     config = PiKVConfig(
-        **FIELDS, router={"name": "top_k", "k": 1, "source": source}, lean_experts=is_lean
+        **FIELDS, router={"name": "top_k", "k": 1, "source": source}, lean_experts=is_lean,
+        calibration=calibration,
     )
+    fitted = load_calibrated(calibration).layers
     model = build(pg, config)
     draw_weights(model, 0)
     lm = PiKVForCausalLM(model, config, vocab_size=VOCAB)
@@ -44,6 +64,11 @@ def heard(pg, source: str, is_lean: bool) -> list[tuple[int, torch.Tensor, torch
             right = (inputs[number][: len(ask.query), 0] @ weight.T).softmax(1)
             if source == "previous" and number:
                 right = chosen[number - 1][: len(ask.query)]
+            if source == "gate":
+                gate = fitted[number]
+                right = inputs[number][: len(ask.query), 0] @ gate["gate.weight"]
+                right = (right + gate["gate.bias"]).clamp(min=LEAST)
+                right = right / right.sum(1, keepdim=True)
             # Two token shards: an expert's tokens lie in two of four shards.
             by_class = right.unflatten(1, (2, 4)).sum(1)
             halves = (by_class[:, [0, 1, 2, 3]] + by_class[:, [1, 0, 3, 2]]) / 2
@@ -67,9 +92,9 @@ def test_a_layer_without_experts_is_refused(one_rank):
         PiKVInferenceContext.for_model(model, config, 1, 64)
 
 
-@pytest.mark.parametrize("source", ["moe", "previous"])
-def test_shards_are_worth_what_experts_say(one_rank, source, is_lean):
-    found = heard(one_rank, source, is_lean)
+@pytest.mark.parametrize("source", ["moe", "previous", "gate"])
+def test_shards_are_worth_what_experts_say(one_rank, source, is_lean, calibration):
+    found = heard(one_rank, source, is_lean, calibration)
     assert {number for number, *_ in found} == {0, 1}
     for _, told, right in found:
         torch.testing.assert_close(told, right, atol=1e-5, rtol=1e-4)

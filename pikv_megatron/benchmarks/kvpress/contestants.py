@@ -27,6 +27,7 @@ CODECS: dict[str, dict[str, Any]] = {
     " int2 rotated": {"format": "int2", "rotation": "hadamard"},
 }
 POLICIES = ("snapkv", "h2o", "streaming")
+MERGED = (2, 3, 4, 6, 8, 12, 16)  # pages that become one
 CHUNK = 64
 STEPS = 64  # of the share that stays
 
@@ -54,34 +55,47 @@ def entries(options: CompareOptions) -> Iterator[Entry]:
         for name in PRESSES:
             press = getattr(kvpress, name)(compression_ratio=1 - budget)
             yield Entry(f"kvpress {name.removesuffix('Press')}", budget, press, budget)
-        for policy in POLICIES:
+        for policy, shares in _policies(options).items():
             for bits, codec in CODECS.items():
-                found = _largest(options, policy, codec, budget)
+                found = _largest(options, shares, codec, budget)
                 if found is not None:
                     yield Entry(f"pikv {policy}{bits}", budget, PiKVPress(found[0]), found[1])
 
 
+def _policies(options: CompareOptions) -> dict[str, list[tuple[float, dict[str, Any]]]]:
+    """By name: shares of the tokens that stay, falling, and how a policy is told to keep them."""
+    steps = [step / STEPS for step in range(STEPS, 0, -1)]
+    found = {
+        policy: [(keep, {"retention": policy, "budget": {"name": "share", "keep": keep}})
+                 for keep in steps]
+        for policy in POLICIES
+    }
+    if options.calibration is not None:
+        found["token_eviction"] = [
+            (1 / pages, {"retention": {"name": "token_eviction", "pages": pages},
+                         "calibration": options.calibration})
+            for pages in MERGED
+        ]
+    return found
+
+
 def _largest(
-    options: CompareOptions, policy: str, codec: dict[str, Any], budget: float
+    options: CompareOptions, shares: list[tuple[float, dict[str, Any]]], codec: dict[str, Any],
+    budget: float,
 ) -> tuple[PiKVConfig, float] | None:
     """The configuration that keeps most within a budget, every byte counted; None: none fits."""
-    for step in range(STEPS, 0, -1):
-        keep = step / STEPS
-        pikv = _config(options, policy, codec, keep)
+    for keep, policy in shares:
+        pikv = _config(options, policy | {"codec": codec})
         if pikv is not None and _share(options, pikv) <= budget:
             return pikv, keep
     return None
 
 
-def _config(
-    options: CompareOptions, policy: str, codec: dict[str, Any], keep: float
-) -> PiKVConfig | None:
+def _config(options: CompareOptions, methods: dict[str, Any]) -> PiKVConfig | None:
     """In chunks, so that what is dropped was hardly held."""
     try:
         return PiKVConfig(
-            **SIZES, retention=policy, budget={"name": "share", "keep": keep},
-            codec=codec, prefill_chunk_size=CHUNK,
-            max_sequence_length=options.length,
+            **SIZES, **methods, prefill_chunk_size=CHUNK, max_sequence_length=options.length
         )
     except ValidationError:
         return None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pikv_megatron.calibrated import load_calibrated
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
@@ -27,6 +28,8 @@ class CompareOptions:
         length: tokens of a sequence.
         budgets: shares of the bytes of a cache as computed.
         dtype: type of weights and caches.
+        calibration: file of `launch/calibrate.py`, for policies of ours that need one; None: they
+            take no part.
         output: file for all figures, JSON.
         picture: file for accuracy against bytes, SVG.
     """
@@ -37,6 +40,7 @@ class CompareOptions:
     length: int
     budgets: tuple[float, ...]
     dtype: torch.dtype
+    calibration: Path | None
     output: Path | None
     picture: Path | None
 
@@ -65,6 +69,8 @@ def parse_options(argv: Sequence[str]) -> CompareOptions:
             raise ValueError(f"--tasks {name} is unknown: the tasks are {', '.join(TASKS)}")
         if TASKS[name].unfit(source):
             raise ValueError(f"--tasks {name}: {TASKS[name].unfit(source)}")
+    if args.calibration is not None:
+        load_calibrated(args.calibration)
     for budget in args.budgets:
         if not 0 < budget < 1:
             raise ValueError(f"--budgets {budget} must lie between 0 and 1")
@@ -80,6 +86,7 @@ def parse_options(argv: Sequence[str]) -> CompareOptions:
         length=args.length,
         budgets=tuple(args.budgets),
         dtype=DTYPES[args.dtype],
+        calibration=args.calibration,
         output=writable(args.output),
         picture=writable(args.picture, "--picture"),
     )
@@ -96,6 +103,8 @@ def _parser() -> ArgumentParser:
     add("--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.125], metavar="SHARE",
         help="of the bytes of a cache as computed; default: 0.5 0.25 0.125")
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s")
+    add("--calibration", type=Path, help="file of launch/calibrate.py: with it our policy "
+        "token_eviction, which is calibrated, takes part")
     add("--output", type=Path, help="all figures, JSON")
     add("--picture", type=Path, help="accuracy against bytes, SVG")
     return parser

@@ -64,7 +64,7 @@ def report_table(options: CompareOptions, results: Sequence[Result]) -> Table:
 
 
 def report_picture(options: CompareOptions, results: Sequence[Result]) -> str:
-    """SVG: accuracy against bytes, every press, and of ours those that no other one of ours beats."""
+    """SVG: accuracy against bytes, every press, and of ours what no other one of ours beats."""
     points = [
         Point(x.name, x.held_share, 100 * x.average, x.name.startswith("kvpress")) for x in results
     ]

@@ -12,17 +12,18 @@ from pikv_megatron.config import MAX_EXPERT_SHARDS
 
 
 class ExpertMomentsFit(LayerFit):
-    """Sums in float64, where experts are to be told apart.
+    """Sums in float64; a layer without experts has one group.
 
     Expert e is in group e mod 32: every number of expert shards divides 32, so no cache can tell
     experts of a group apart.
     """
 
     def of(self, window):
-        if window.experts is None:
-            return {}
-        count = min(self._attention.config.num_moe_experts or 1, MAX_EXPERT_SHARDS)
-        group = window.experts % MAX_EXPERT_SHARDS
+        experts = window.experts
+        if experts is None:
+            experts = window.key.new_ones(len(window.key), 1)
+        count = min(experts.shape[1], MAX_EXPERT_SHARDS)
+        group = experts.argmax(dim=1) % MAX_EXPERT_SHARDS
         sums = {"count": torch.bincount(group, minlength=count).double()}
         chosen = [group == number for number in range(count)]
         for side, x in (("key", window.key), ("value", window.value)):
