@@ -3,8 +3,6 @@
 Legend: t tokens, np query heads, ng KV heads, w width, h hidden size, E experts on all ranks.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,7 +10,6 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from pikv_megatron.cache.layer_cache import LayerCache
-from pikv_megatron.calibration.fits.base import LayerFit
 from pikv_megatron.calibration.registry import FITS
 from pikv_megatron.calibration.window import LayerWindow
 from pikv_megatron.transformer.cached_attention import by_row
@@ -30,7 +27,7 @@ class Collector:
         model: of the context.
         num_tokens: that are fed of a window.
         num_windows: of all ranks.
-        fits: what is fitted.
+        per_expert: tokens are to be told apart by their experts wherever that is dear.
 
     Attributes:
         window: number of the window that this rank feeds; None: it feeds none that counts.
@@ -38,7 +35,7 @@ class Collector:
 
     def __init__(
         self, context: PiKVInferenceContext, model: GPTModel, num_tokens: int, num_windows: int,
-        fits: Sequence[type[LayerFit]] = FITS,
+        per_expert: bool = False,
     ):
         self.window: int | None = None
         self._group, self._rank = context.ep_group, context.rank
@@ -46,7 +43,7 @@ class Collector:
         self._layers = {
             layer.spec.number - 1: _Listener(
                 self, layer, model.decoder.layers[layer.spec.number - 1], num_tokens, num_windows,
-                fits,
+                per_expert,
             ) for layer in context.sharded_layers
         }
 
@@ -90,12 +87,12 @@ class _Listener:
 
     def __init__(
         self, owner: Collector, cache: LayerCache, layer: PiKVLayerMixin, num_tokens: int,
-        num_windows: int, fits: Sequence[type[LayerFit]],
+        num_windows: int, per_expert: bool,
     ):
         attention = layer.self_attention
         self._owner, self._spec, self._num_tokens = owner, cache.spec, num_tokens
-        self._layer = layer
-        self._fits = {kind.__name__: kind(attention, num_windows) for kind in fits}
+        self._layer, self._per_expert = layer, per_expert
+        self._fits = {kind.__name__: kind(attention, num_windows) for kind in FITS}
         self._parts: list[tuple[Tensor, ...]] = []
         self._hidden: Tensor | None = None
         self._attended: tuple[Tensor, ...] = ()
@@ -135,6 +132,7 @@ class _Listener:
         window = LayerWindow(
             self._owner.window, self._spec.kv, query, key, value, self._spec.softmax_scale,
             self._angles, self._is_interleaved, hidden, *(experts or [None]),
+            self._per_expert,
         )
         start = f"{self._spec.number - 1}."
         for name, fit in self._fits.items():

@@ -8,6 +8,6 @@ from pikv_megatron.calibration.fits.moments import MomentsFit
 from pikv_megatron.calibration.fits.queries import QueriesFit
 from pikv_megatron.calibration.fits.scorer import ScorerFit
 
-FITS: tuple[type[LayerFit], ...] = (MomentsFit, QueriesFit, HeadsFit, ScorerFit, GateFit)
-# Only where they are asked for: what they say is large.
-PER_EXPERT: tuple[type[LayerFit], ...] = (ExpertMomentsFit,)
+FITS: tuple[type[LayerFit], ...] = (
+    MomentsFit, ExpertMomentsFit, QueriesFit, HeadsFit, ScorerFit, GateFit,
+)

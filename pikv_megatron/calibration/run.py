@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pikv_megatron.calibrated import load_calibrated, save_calibrated
 from pikv_megatron.calibration.collector import Collector
-from pikv_megatron.calibration.registry import FITS, PER_EXPERT
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.teacher_forcing import TeacherForcing
@@ -42,8 +41,7 @@ def calibrate(
     context = PiKVInferenceContext.for_model(model, PiKVConfig(), 1, ids.shape[1])
     ranks, rank = context.num_ranks, context.rank
     batches = ids.split(ranks)
-    fits = FITS + PER_EXPERT if per_expert else FITS
-    collector = Collector(context, model, ids.shape[1] - 1, len(ids), fits)
+    collector = Collector(context, model, ids.shape[1] - 1, len(ids), per_expert)
     manifest = {**manifest, "ranks": ranks}
     done = _restore(collector, unfinished, manifest)
     forcing = TeacherForcing(model, context, vocab_size, lambda: None)

@@ -52,6 +52,7 @@ class LayerWindow:
         hidden: [t, h], what the attention was given.
         experts: [t, E], float32, 1 for the expert that had most of a token; None: the layer has
             none.
+        per_expert: tokens are to be told apart by their experts wherever that is dear.
     """
 
     number: int
@@ -64,6 +65,7 @@ class LayerWindow:
     is_interleaved: bool
     hidden: Tensor
     experts: Tensor | None
+    per_expert: bool = False
 
     @cached_property
     def far(self) -> FarAttention:

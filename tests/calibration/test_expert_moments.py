@@ -1,5 +1,7 @@
 """Moments by expert are those of the tokens that chose it, however text came and shards divide."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,27 +16,37 @@ NG, WIDTH, VALUE_WIDTH, TOKENS = 2, 6, 4, 200
 KV = KVShape(NG, WIDTH, VALUE_WIDTH, torch.float32, torch.device("cpu"))
 
 
-def window(number: int, experts: torch.Tensor | None) -> LayerWindow:
-    """Of experts [t, E]."""
+def window(number: int, experts: torch.Tensor | None, per_expert: bool = True) -> LayerWindow:
     rng = torch.Generator().manual_seed(number)
     query, key, value = (
         torch.randn(TOKENS, heads, width, generator=rng) + 2.0
         for heads, width in ((4, WIDTH), (NG, WIDTH), (NG, VALUE_WIDTH))
     )
-    return LayerWindow(number, KV, query, key, value, 1.0, None, False, query[:, 0], experts)
+    return LayerWindow(
+        number, KV, query, key, value, 1.0, None, False, torch.empty(0), experts, per_expert
+    )
+
+
+def fit_of(num_experts: int | None) -> ExpertMomentsFit:
+    attention = SimpleNamespace(config=SimpleNamespace(num_moe_experts=num_experts))
+    return ExpertMomentsFit(attention, 2)
 
 
 @pytest.mark.parametrize("num_experts, num_shards", [(6, 2), (6, 8), (40, 4)])
 def test_a_shard_has_the_moments_of_its_tokens(num_experts, num_shards):
-    fit = ExpertMomentsFit(torch.nn.Identity(), 2)
+    fit = fit_of(num_experts)
     rng = torch.Generator().manual_seed(9)
     # The last expert is chosen by nobody.
-    chosen = torch.randint(num_experts - 1, (2, TOKENS), generator=rng)
-    windows = [window(i, F.one_hot(own, num_experts).float()) for i, own in enumerate(chosen)]
+    windows = [
+        window(i, F.one_hot(
+            torch.randint(num_experts - 1, (TOKENS,), generator=rng), num_experts
+        ).float())
+        for i in range(2)
+    ]
     parts = [fit.of(each) for each in windows]
     fitted = fit.finish({name: parts[0][name] + parts[1][name] for name in parts[0]})
     assert len(fitted["experts.keys.count"]) == min(num_experts, 32)
-    shard = chosen.flatten() % num_shards
+    shard = torch.cat([each.experts.argmax(dim=1) for each in windows]) % num_shards
     keys, values = (
         torch.cat([getattr(each, name) for each in windows]).transpose(0, 1)
         for name in ("key", "value")
@@ -54,8 +66,9 @@ def test_a_shard_has_the_moments_of_its_tokens(num_experts, num_shards):
             torch.testing.assert_close(side.scatter, right.scatter, rtol=1e-4, atol=1e-3)
 
 
-def test_a_layer_without_experts_has_one_group():
-    fit = ExpertMomentsFit(torch.nn.Identity(), 1)
+def test_a_layer_without_experts_has_one_for_all_and_nobody_has_to_ask():
+    fit = fit_of(None)
+    assert fit.of(window(0, None, per_expert=False)) == {}
     fitted = fit.finish(fit.of(window(0, None)))
     assert fitted["experts.values.count"].tolist() == [TOKENS]
 

@@ -12,13 +12,15 @@ from pikv_megatron.config import MAX_EXPERT_SHARDS
 
 
 class ExpertMomentsFit(LayerFit):
-    """Sums in float64; a layer without experts has one group.
+    """Sums in float64, where experts are to be told apart.
 
     Expert e is in group e mod 32: every number of expert shards divides 32, so no cache can tell
     experts of a group apart.
     """
 
     def of(self, window):
+        if not window.per_expert:
+            return {}
         experts = window.experts
         if experts is None:
             experts = window.key.new_ones(len(window.key), 1)
