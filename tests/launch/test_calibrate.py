@@ -98,6 +98,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(folder, monkeypa
         whole = run.calibrate(*fields)
         with pytest.raises(KeyboardInterrupt):
             run.calibrate(*fields, unfinished, stop)
+        assert not any(layer.mlp._forward_hooks for layer in model.decoder.layers)
         told = []
         resumed = run.calibrate(*fields, unfinished, lambda done, total: told.append(done))
         assert told == [5, 6, 7], "what was written down was done again"
