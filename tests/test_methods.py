@@ -44,6 +44,9 @@ METHODS = {
     "budget bytes": {
         "retention": "streaming", "budget": {"name": "bytes", "bytes": BYTES},
     },
+    "budget across shards": {
+        "retention": "h2o", "budget": {"name": "share", "across_shards": True},
+    },
     "selector certified": {"selector": {"name": "certified", "tolerance": 0.4}},
     "selector sampled": {"selector": {"name": "sampled", "epsilon": 0.4}},
     "router of the MoE": {
@@ -97,8 +100,8 @@ KEEPS_MOST = "retention all", "budget pages", "budget bytes"
 EVERYWHERE_ALIKE = "codec.transform identity", "codec.transform pyramidkv", "codec.format plain"
 BY_RANK = [
     name for name in METHODS
-    # Every rank has bytes of its own.
-    if name in ("everything", "pooled old pages", "budget bytes")
+    # Every rank has bytes of its own, and shards.
+    if name in ("everything", "pooled old pages", "budget bytes", "budget across shards")
     or name.startswith("codec.") and name not in EVERYWHERE_ALIKE
 ]
 

@@ -140,15 +140,17 @@ class PageKeeper:
         Returns:
             [r, m], bool, the columns that were dropped, here and from all peers.
         """
-        stats = self._stats(slots, most_pages)
+        stats = self._rivals(slots, most_pages)
         filled = self._ledger.num_tokens[:-1].view(-1, self._shards)[slots] // self._page_size
         limit = self._budget.limit(filled)
+        if self._budget.across_shards:
+            limit = limit.sum(dim=1, keepdim=True)
         if self._pinned.num_tokens:
             pages = self._table.page[slots, :most_pages].where(stats.is_page, self._pool.null_page)
             oldest = self._pool.position[pages, 0].long()
             stats, limit = self._pinned.set_aside(stats, oldest, limit)
         if peers:
-            worth = (peer.retention.utility(peer._stats(slots, most_pages)) for peer in peers)
+            worth = (peer.retention.utility(peer._rivals(slots, most_pages)) for peer in peers)
             drop = beyond(stats, sum(worth), limit)
         else:
             drop = self.retention.drop(stats, limit)
@@ -169,6 +171,13 @@ class PageKeeper:
             self._pool.release_some(pages, is_dropped)
             if self._statistics is not None:
                 self._statistics.forget(pages, is_dropped)
+
+    def _rivals(self, slots: torch.Tensor, num_columns: int) -> PageStats:
+        """Pages by whom they compete with: those of a shard, or of all that this rank has."""
+        stats = self._stats(slots, num_columns)
+        if not self._budget.across_shards:
+            return stats
+        return stats._replace(shard=torch.zeros_like(stats.shard))
 
     def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
         is_page = self._table.is_page(slots, num_columns)

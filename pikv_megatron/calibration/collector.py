@@ -70,6 +70,11 @@ class Collector:
             for name, part in sums.items()
         }
 
+    def close(self) -> None:
+        """Stop listening."""
+        for listener in self._layers.values():
+            listener.close()
+
     def finish(self) -> dict[int, dict[str, Tensor]]:
         """What was fitted to every layer, by its number from 0."""
         sums = self.gather()
@@ -98,9 +103,15 @@ class _Listener:
         self._attended: tuple[Tensor, ...] = ()
         self._angles: Tensor | None = None
         self._is_interleaved = attention.config.rotary_interleaved
-        attention.register_forward_pre_hook(self._hear_input, with_kwargs=True)
+        self._hooks = [
+            attention.register_forward_pre_hook(self._hear_input, with_kwargs=True),
+            layer.mlp.register_forward_hook(self._end_step),
+        ]
         cache.on_attend = self._hear
-        layer.mlp.register_forward_hook(self._end_step)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def finish(self, sums: Sums, prefix: str) -> dict[str, Tensor]:
         found = {}

@@ -1,5 +1,6 @@
 """Streams windows through a model and fits to them, with what was done so far kept in a file."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -41,22 +42,23 @@ def calibrate(
     context = PiKVInferenceContext.for_model(model, PiKVConfig(), 1, ids.shape[1])
     ranks, rank = context.num_ranks, context.rank
     batches = ids.split(ranks)
-    collector = Collector(context, model, ids.shape[1] - 1, len(ids), per_expert)
-    manifest = {**manifest, "ranks": ranks}
-    done = _restore(collector, unfinished, manifest)
-    forcing = TeacherForcing(model, context, vocab_size, lambda: None)
-    for index in range(done, len(batches)):
-        collector.window = index * ranks + rank
-        batch = batches[index]
-        for _ in forcing.feed(Task(batch, torch.zeros(len(batch), 1, dtype=torch.int64))):
-            pass
-        # The same sums whether or not the run is interrupted here.
-        if (index + 1) % EVERY == 0 and index + 1 < len(batches):
-            sums = collector.gather()
-            if unfinished is not None and rank == 0:
-                save_calibrated(unfinished, {**manifest, "done": index + 1}, {0: sums})
-        advance(index + 1, len(batches))
-    fitted = collector.finish()
+    listener = Collector(context, model, ids.shape[1] - 1, len(ids), per_expert)
+    with closing(listener) as collector:
+        manifest = {**manifest, "ranks": ranks}
+        done = _restore(collector, unfinished, manifest)
+        forcing = TeacherForcing(model, context, vocab_size, lambda: None)
+        for index in range(done, len(batches)):
+            collector.window = index * ranks + rank
+            batch = batches[index]
+            for _ in forcing.feed(Task(batch, torch.zeros(len(batch), 1, dtype=torch.int64))):
+                pass
+            # The same sums whether or not the run is interrupted here.
+            if (index + 1) % EVERY == 0 and index + 1 < len(batches):
+                sums = collector.gather()
+                if unfinished is not None and rank == 0:
+                    save_calibrated(unfinished, {**manifest, "done": index + 1}, {0: sums})
+            advance(index + 1, len(batches))
+        fitted = collector.finish()
     for number, layer in fitted.items():
         layer[NAME] = output_norms(model.decoder.layers[number].self_attention)
     return fitted

@@ -2,7 +2,8 @@
 retention policy here: in serving, a scheduler schedules requests.
 
 Pages of a shard compete with each other only, so what stays does not depend on which shards a rank
-has. The first tokens of a sequence are never in a page: they stay in its stream window.
+has, unless the budget says otherwise. The first tokens of a sequence are never in a page: they stay
+in its stream window.
 
 Legend: r sequences, m columns, s shards of the rank, ng KV heads, c pages, S tokens a page, w and
 w_v widths of keys and values.

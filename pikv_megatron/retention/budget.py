@@ -14,7 +14,15 @@ from pikv_megatron.options import Options, family
 
 
 class Budget(Options):
-    """A limit on the pages that stay, as a configuration gives it."""
+    """A limit on the pages that stay, as a configuration gives it.
+
+    Across shards, what stays depends on the number of ranks: on which shards one has.
+    """
+
+    across_shards: bool = Field(
+        False, description="whether the shards of a rank have their limits together, for the "
+        "pages that are worth most in any of them"
+    )
 
     def for_layer(self, number: int, num_layers: int, num_paged: int) -> "Budget":
         """The budget of layer `number`, from 0, of `num_layers`, of which `num_paged` have pages.
@@ -100,7 +108,8 @@ class PyramidBudget(ShareBudget):
 
     def for_layer(self, number, num_layers, num_paged):
         slope = 1 - 2 * number / (num_layers - 1) if num_layers > 1 else 0.0
-        return ShareBudget(keep=self.keep * (1 + self.steepness * slope))
+        keep = self.keep * (1 + self.steepness * slope)
+        return ShareBudget(keep=keep, across_shards=self.across_shards)
 
 
 class BytesBudget(Budget):
@@ -130,7 +139,7 @@ class BytesBudget(Budget):
                 f"takes {ByteSize(least).human_readable()}: raise it, or lower the number of "
                 "sequences, token_shards or page_size"
             )
-        return PagesBudget(pages=self.bytes // least)
+        return PagesBudget(pages=self.bytes // least, across_shards=self.across_shards)
 
 
 RetentionBudget = family(ShareBudget, PagesBudget, PyramidBudget, BytesBudget)

@@ -1,6 +1,7 @@
 """Every token is stored once, read once, and given back."""
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given, settings
 from layer_caches import SCALE, SHAPE
@@ -113,6 +114,21 @@ def test_dropped_pages_are_given_back_and_no_longer_read(counts):
     store.release(0)
     store.check_integrity()
     assert store.pool.free.pages().numel() == store.pool.null_page
+
+
+@pytest.mark.parametrize("is_across, kept", [(False, [2, 3, 6, 7]), (True, [4, 5, 6, 7])])
+def test_a_budget_is_spent_in_each_shard_or_across_them(is_across, kept):
+    """The first four pages lie in one shard, the others in the other; the newest are worth most."""
+    placement = Placement(token_shards=2, expert_shards=1, hash_block=16, num_ranks=1, rank=0)
+    budget = {"name": "share", "keep": 0.5, "across_shards": is_across}
+    store = new_store(placement, page_size=4, retention="streaming", budget=budget)
+    position = torch.arange(32)
+    insert(store, block(torch.zeros_like(position), position, placement))
+    store.keeper.prune(torch.tensor([0]), MAX_PAGES)
+    store.check_integrity()
+    pages = torch.unique(store.positions(0) // 4)
+    assert pages.tolist() == kept
+    assert store.keeper.num_columns(8) >= len(kept)
 
 
 def test_dropped_places_are_used_again():

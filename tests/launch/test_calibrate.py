@@ -111,6 +111,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(folder, monkeypa
             assert torch.equal(count, torch.cat(own).bincount(minlength=len(count)))
         with pytest.raises(KeyboardInterrupt):
             run.calibrate(*fields, unfinished, stop, per_expert=True)
+        assert not any(layer.mlp._forward_hooks for layer in model.decoder.layers)
         told = []
         resumed = run.calibrate(
             *fields, unfinished, lambda done, total: told.append(done), per_expert=True
