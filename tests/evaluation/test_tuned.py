@@ -34,11 +34,8 @@ def evaluate(num_ranks: int) -> list[Figures]:
 
 
 def test_balanced_keeps_a_twelfth_a_rank_and_recalls():
-    """A sixth in all, of which each rank has half.
-
-    What is recalled from is the library of the Python that runs this: on 3.11.7's, which it was
-    tuned on, it loses nothing, and on 3.11.2's 3.6 points.
-    """
+    """A sixth in all, of which each rank has half. What is recalled from is the library of the
+    Python that runs this."""
     whole, tuned = run_ranks(evaluate, 2, 2, timeout=240)[0]
     assert tuned.held_share <= 1 / 12
     assert whole.accuracy >= 0.95 and tuned.accuracy >= whole.accuracy - 0.05
