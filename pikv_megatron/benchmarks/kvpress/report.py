@@ -74,6 +74,8 @@ def report_picture(options: CompareOptions, results: Sequence[Result]) -> str:
         max((x for x in own if x.budget == budget), key=lambda x: (x.average, -x.held_share))
         for budget in dict.fromkeys(each.budget for each in own)
     ]
+    # One that is best at several budgets is one point.
+    best = list({(each.name, each.held_share): each for each in best}.values())
     return scatter(
         f"{options.model.name}, {options.length:,} tokens: accuracy against KV bytes",
         "KV bytes held, of those as computed", f"right answers, %: {', '.join(options.tasks)}",
