@@ -8,7 +8,7 @@ import torch
 from pikv_megatron.cache.free_list import FreeList
 from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
-from pikv_megatron.types import KVPages, PageList
+from pikv_megatron.types import KVPages
 
 
 class AgedPagePool(PagePool):

@@ -9,7 +9,6 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from pikv_megatron.cache.layer_cache import LayerCache
-from pikv_megatron.cache.step_rows import CachedSequence
 from pikv_megatron.evaluation.figures import Figures
 from pikv_megatron.evaluation.probes.attention_mass import (
     MOST_SEQUENCES,
