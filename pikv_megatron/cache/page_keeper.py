@@ -18,7 +18,7 @@ from pikv_megatron.cache.store_lists import StoreLists
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.retention.base import RetentionPolicy, beyond
 from pikv_megatron.retention.budget import PageBudget
-from pikv_megatron.types import PageStats
+from pikv_megatron.types import Ageing, PageStats
 
 
 class PageKeeper:
@@ -29,6 +29,7 @@ class PageKeeper:
         retention: the policy; None: all pages stay.
         budget: how many stay.
         pinned: what is never dropped.
+        ageing: the policy's, or the codec's; None: neither merges pages.
         codec: of the pages.
         placement: which shards this rank owns.
         pool: pages.
@@ -40,17 +41,17 @@ class PageKeeper:
 
     def __init__(
         self, retention: RetentionPolicy | None, budget: PageBudget, pinned: Pinned,
-        codec: PageCodec, placement: Placement, pool: PagePool, table: PageTable,
-        ledger: PageLedger, statistics: PageStatistics | None, lists: StoreLists,
+        ageing: Ageing | None, codec: PageCodec, placement: Placement, pool: PagePool,
+        table: PageTable, ledger: PageLedger, statistics: PageStatistics | None,
+        lists: StoreLists,
     ):
         self.retention = retention
         self._budget, self._pinned, self._codec = budget, pinned, codec
         self._placement, self._shards = placement, placement.shards_per_rank
         self._pool, self._table, self._ledger = pool, table, ledger
         self._statistics, self._lists = statistics, lists
-        self._ageing, self._merge = codec.ageing, mean_of_pairs
-        if retention is not None and retention.ageing is not None:
-            self._ageing, self._merge = retention.ageing, retention.merge
+        self._ageing = ageing
+        self._merge = mean_of_pairs if ageing is codec.ageing else retention.merge
         self._page_size = pool.position.shape[1]
 
     def num_columns(self, most_pages: int) -> int:

@@ -68,10 +68,9 @@ class ShardStore:
         self._has_token_scores = options.retention.needs_scores
         num_scores = 0 if retention is None else retention.num_scores
         kind = PagePool if self._codec.older is None else AgedPagePool
-        has_levels = self._codec.ageing is not None
-        has_levels |= retention is not None and retention.ageing is not None
+        ageing = self._codec.ageing if retention is None else retention.ageing or self._codec.ageing
         self.pool = kind(
-            self._codec, page_size, has_replicas, num_scores, has_levels, kv.device
+            self._codec, page_size, has_replicas, num_scores, ageing is not None, kv.device
         )
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
@@ -89,7 +88,7 @@ class ShardStore:
             self.pool, self.table, self.buffers, placement, kv, spec.num_heads, self._codec.angles
         )
         self.keeper = PageKeeper(
-            retention, budget, pinned, self._codec, placement, self.pool, self.table,
+            retention, budget, pinned, ageing, self._codec, placement, self.pool, self.table,
             self.ledger, self.statistics, self._lists,
         )
         self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
