@@ -73,9 +73,11 @@ class PiKVInferenceContext(StaticInferenceContext):
         sources = [layer.expert_source for layer in self.layers.values()]
         self.keeps_last_experts = "previous" in sources
         self.last_experts: torch.Tensor | None = None
-        peers = [layer for layer in self.sharded_layers if layer.store.keeper.sums_layers]
-        for layer in peers:
-            layer.peers = peers
+        peers = [
+            layer.verdicts for layer in self.sharded_layers if layer.store.keeper.sums_layers
+        ]
+        for verdicts in peers:
+            verdicts.peers = peers
 
     @classmethod
     def for_model(
