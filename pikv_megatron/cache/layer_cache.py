@@ -16,15 +16,13 @@ from pikv_megatron.cache.head_maps import GROUPED, HeadMaps
 from pikv_megatron.cache.leaving import leaving_tokens
 from pikv_megatron.cache.owner_judge import OwnerJudge
 from pikv_megatron.cache.partial_states import (
-    merge_into,
     merge_parts,
     pack_state,
     shard_masses,
     unpack_states,
 )
 from pikv_megatron.cache.placement import Placement
-from pikv_megatron.cache.prefill_part import num_tokens
-from pikv_megatron.cache.prompt_queries import observe_prompts
+from pikv_megatron.cache.prompt_attention import PromptAttention
 from pikv_megatron.cache.query_header import HeaderLayout
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_choice import StepChoice, choose
@@ -33,7 +31,6 @@ from pikv_megatron.cache.stream_window import StreamWindow
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.cache.verdicts import Verdicts
 from pikv_megatron.layer_spec import LayerSpec
-from pikv_megatron.ops.causal_attention import causal_attention
 from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.sink_logit import with_sink
 from pikv_megatron.parallel.dispatcher import KVDispatcher
@@ -83,6 +80,7 @@ class LayerCache:
         self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.on_leave: Callable[[TokenBlock], None] | None = None
         self.on_bound: Callable[[torch.Tensor], None] | None = None
+        self._prompt_attention = PromptAttention(spec, window, store, dispatcher)
         self._delivery = Delivery(
             store, directory, dispatcher, placement, spec.options.codec.wire(spec.kv)
         )
@@ -128,7 +126,7 @@ class LayerCache:
             parts.append(with_sink(self._attend_decode(decoding, plan), sink).squeeze(1))
         if plan.prefill.is_anywhere:
             own = (None if x is None else x[first:] for x in (query, key, value))
-            state = self._attend_prefill(*own, plan)
+            state = self._prompt_attention.attend(*own, plan.prefill, maps)
             self._prompts = query[first:], state.lse
             parts.append(with_sink(state, sink))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -391,48 +389,6 @@ class LayerCache:
             return None
         return reads.shards.unflatten(1, (-1, self._placement.num_ranks)).any(dim=1)
 
-    def _attend_prefill(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, plan: StepPlan
-    ) -> AttentionState:
-        """Prompts attend to themselves and to all that is kept of their past: [t', np, w_o]."""
-        part = plan.prefill
-        own_keys, own_values = self._maps.expand(key, value)
-        state = causal_attention(query, own_keys, own_values, part.lens, self.spec.softmax_scale)
-        for index, row in enumerate(part.rows):
-            if row.past:
-                window = [self._window_list(part.window_reads(index))]
-                own = self._maps.absorb(query[row.tokens].unsqueeze(0))
-                if row.reads and not row.is_far:
-                    near = self.store.attend(own, row.reads, window)
-                else:
-                    near, _ = decode_attention(own, window, self.spec.softmax_scale)
-                merge_into(state, row.tokens, self._maps.emit(near))
-        if part.reads_far:
-            self._attend_far(query, state, plan)
-        return state
-
-    def _attend_far(self, query: torch.Tensor, state: AttentionState, plan: StepPlan) -> None:
-        """Merge into a state what owners have of the prompts' past."""
-        by_rank = plan.prefill.rows_by_rank
-        counts = [sum(num_tokens(row.tokens) for row in rows if row.is_far) for rows in by_rank]
-        own = [row.tokens for row in plan.prefill.rows if row.is_far]
-        posted = self._maps.sent(torch.cat([query[:0], *(query[tokens] for tokens in own)]))
-        route = self._dispatcher.post(posted, None, counts)
-        arrived, _ = self._dispatcher.wait(route, posted, None)
-        rows = [row for rows in by_rank for row in rows if row.is_far]
-        arrived = self._maps.arrived(arrived)
-        owned = [
-            self.store.attend(part.unsqueeze(0), row.reads, [])
-            for row, part in zip(rows, arrived.split([num_tokens(row.tokens) for row in rows]))
-        ]
-        owned = [self._maps.returned(part) for part in owned]
-        packed = torch.cat([pack_state(part)[0] for part in owned])
-        parts = unpack_states(self._dispatcher.give_back(route, packed), owned[0].out)
-        far = self._maps.merged(merge_parts(parts))
-        lens = [num_tokens(tokens) for tokens in own]
-        for tokens, *part in zip(own, far.out.split(lens), far.lse.split(lens)):
-            merge_into(state, tokens, AttentionState(*(x.unsqueeze(0) for x in part)))
-
     def _flush(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
         """Tokens leave for their shards; then owners drop the pages that are too many."""
         block = leaving_tokens(
@@ -445,10 +401,7 @@ class LayerCache:
         keeper = self.store.keeper
         if keeper.drops:
             if self.store.statistics is not None and self._prompts is not None:
-                wanted = self.spec.options.retention.observation_window
-                observe_prompts(
-                    self.store, *self._prompts, plan, wanted, self._maps, self._dispatcher
-                )
+                self._prompt_attention.observe(*self._prompts, plan, self._maps)
             self.verdicts.give(plan.flush)
         keeper.grow_old(plan.flush.numbers.all_slots, plan.flush.most_pages)
 

@@ -127,8 +127,3 @@ class PrefillPart:
             found.append(PrefillRow(tokens, row.past, reads, self._footprint.is_far(in_shards)))
             first = tokens.stop
         return found
-
-
-def num_tokens(span: slice) -> int:
-    """Of a row, or of the end of one."""
-    return span.stop - span.start
