@@ -137,12 +137,14 @@ class PiKVConfig(LayerOptions):
         specs = tuple(
             self._spec_of(number, layers, calibrated) for number in range(len(layers))
         )
-        summed = []
-        for spec in specs:
-            if spec.sliding_window is None:
-                policy = spec.options.retention.build(spec.fitted)
-                summed += [spec] if policy is not None and policy.sums_layers else []
-        self._check_summed(summed)
+        policies = {
+            spec.number: spec.options.retention.build(spec.fitted)
+            for spec in specs if spec.sliding_window is None
+        }
+        self._check_summed([
+            spec for spec in specs
+            if (policy := policies.get(spec.number)) and policy.sums_layers
+        ])
         for spec in {spec.chosen: spec for spec in specs}.values():
             if spec.options.retention.needs_scores and spec.kv.values_in_keys:
                 raise ValueError(
@@ -181,7 +183,8 @@ class PiKVConfig(LayerOptions):
                     "sketch keys judges keys as RoPE turned them, of one basis a sequence: leave "
                     "out codec.keys before_rope and per_expert, or name another sketch"
                 )
-            if spec.options.retention.merges:
+            policy = policies.get(spec.number)
+            if policy and policy.ageing:
                 _check_merged(spec.options, codec, self)
             is_pooled = codec.pooled > 1 or codec.ageing is not None
             if is_pooled and needs_bounds and not isinstance(spec.options.sketch, KeysOptions):
