@@ -6,8 +6,8 @@ from typing import Any, Literal, Sequence
 import yaml
 from pydantic import ByteSize, Field, ValidationError, model_validator
 
-from pikv_megatron.calibrated import Layers, load_calibrated
-from pikv_megatron.codec.calibration import EXPERTS, read_moments, read_shard_moments
+from pikv_megatron.calibrated import Calibrated, load_calibrated
+from pikv_megatron.codec.calibration import read_moments, read_shard_moments
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
@@ -119,8 +119,13 @@ class PiKVConfig(LayerOptions):
         except ValidationError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def resolve(self, layers: Sequence[LayerShape]) -> tuple[LayerSpec, ...]:
+    def resolve(
+        self, layers: Sequence[LayerShape], calibrated: Calibrated | None = None
+    ) -> tuple[LayerSpec, ...]:
         """Every layer with its methods.
+
+        Args:
+            calibrated: what the calibration file holds; None: it is opened.
 
         Raises:
             ValueError: `layers` names one that the model does not have, or a method or the
@@ -133,7 +138,8 @@ class PiKVConfig(LayerOptions):
                     f"layers: match {override.match!r} names layer {beyond[0]}, and the model has "
                     f"{len(layers)}, counted from 0"
                 )
-        calibrated = {} if self.calibration is None else load_calibrated(self.calibration).layers
+        if calibrated is None and self.calibration is not None:
+            calibrated = load_calibrated(self.calibration)
         specs = tuple(
             self._spec_of(number, layers, calibrated) for number in range(len(layers))
         )
@@ -224,22 +230,21 @@ class PiKVConfig(LayerOptions):
             )
 
     def _spec_of(
-        self, number: int, layers: Sequence[LayerShape], calibrated: Layers
+        self, number: int, layers: Sequence[LayerShape], calibrated: Calibrated | None
     ) -> LayerSpec:
         shape = layers[number]
         spec = LayerSpec(number + 1, *shape, self._options_of(number, layers))
         # A layer with a sliding window has no pages, and needs no calibration.
-        if self.calibration is None or shape.sliding_window is not None:
+        if calibrated is None or shape.sliding_window is not None:
             return spec
-        fitted = calibrated.get(number, {})
-        moments = (read_moments(self.calibration, number, fitted, shape.kv),)
+        fitted = calibrated.layers.get(number, {})
+        moments = (read_moments(calibrated.path, number, fitted, shape.kv),)
         if spec.options.codec.transform.is_by_expert:
             moments = read_shard_moments(
-                self.calibration, number, fitted, *moments, self.expert_shards
+                calibrated.path, number, fitted, *moments, self.expert_shards
             )
-        fitted = {name: part for name, part in fitted.items() if not name.startswith(EXPERTS)}
         if shape.kv.device.type != "meta":  # a planner asks what was fitted, and computes nothing
-            fitted = {name: part.to(shape.kv.device) for name, part in fitted.items()}
+            fitted = fitted.to(shape.kv.device)
         return spec._replace(moments=moments, fitted=fitted)
 
     def _options_of(self, layer: int, layers: Sequence[LayerShape]) -> LayerOptions:

@@ -21,6 +21,7 @@ from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
+from pikv_megatron.calibrated import load_calibrated
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.parallel.allgather import AllGatherDispatcher
@@ -89,9 +90,11 @@ class PiKVInferenceContext(StaticInferenceContext):
         Raises:
             ValueError: the configuration does not fit the model, or the calibration is of another.
         """
+        calibrated = None
         if config.calibration is not None:
-            check_calibrated_model(config.calibration, model)
-        specs = config.resolve(layer_shapes(model))
+            calibrated = load_calibrated(config.calibration)
+            check_calibrated_model(calibrated, model)
+        specs = config.resolve(layer_shapes(model), calibrated)
         for spec, layer in zip(specs, model.decoder.layers):
             source = spec.options.router.expert_source
             if source is not None and not hasattr(layer.mlp, "router"):
