@@ -1,5 +1,6 @@
 """The one configuration of a PiKV cache: a YAML file, checked before anything is computed."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Sequence
 
@@ -102,10 +103,11 @@ class PiKVConfig(LayerOptions):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "PiKVConfig":
-        """Read a YAML file.
+        """Read a YAML file. A relative path of a calibration begins at the file's own folder.
 
         Raises:
-            ValueError: the file is missing or no mapping, or a key is unknown or out of range.
+            ValueError: the file or its calibration is missing, it is no mapping, or a key is
+                unknown or out of range.
         """
         path = Path(path)
         try:
@@ -114,6 +116,8 @@ class PiKVConfig(LayerOptions):
             raise ValueError(f"{path}: cannot read the PiKV configuration: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a mapping of PiKVConfig fields")
+        if isinstance(values.get("calibration"), str):
+            values["calibration"] = _beside(path, values["calibration"])
         try:
             return cls(**values)
         except ValidationError as error:
@@ -256,6 +260,17 @@ class PiKVConfig(LayerOptions):
         num_paged = sum(shape.sliding_window is None for shape in layers)
         budget = options.budget.for_layer(layer, len(layers), num_paged)
         return options.model_copy(update={"budget": budget})
+
+
+def _beside(path: Path, calibration: str) -> Path:
+    """The calibration that a configuration at `path` names."""
+    found = Path(os.path.normpath(path.parent / calibration))
+    if not found.is_file():
+        raise ValueError(
+            f"{path}: calibration {calibration}: there is no file {found}; a relative path begins "
+            f"at the folder of {path.name}"
+        )
+    return found
 
 
 def _check_merged(options: LayerOptions, codec: PageCodec, config: PiKVConfig) -> None:
