@@ -179,6 +179,10 @@ class PiKVConfig(LayerOptions):
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
             if spec.options.codec.transform.is_by_expert and (
                 self.token_shards != 1 or self.expert_shards == 1 or self.shard_after
+        _check_across_layers([
+            spec.options for spec in specs
+            if policies.get(spec.number) and spec.options.budget.joins_layers
+        ])
             ):
                 raise ValueError(
                     f"codec.transform {spec.options.codec.transform.name} has per_expert, whose "
@@ -226,11 +230,11 @@ class PiKVConfig(LayerOptions):
                 f"retention {name} sums over layers, and codec.transform pools pages of each by "
                 "itself: leave young out"
             )
-        budgets = {spec.options.budget for spec in specs}
-        if len(budgets) > 1 or isinstance(budgets.pop(), BytesBudget):
+        budget, *others = {spec.options.budget for spec in specs}
+        if others or isinstance(budget, BytesBudget) or budget.joins_layers:
             raise ValueError(
                 f"retention {name} keeps the same pages in all layers: give them one budget, share "
-                "or pages"
+                "or pages, without across_layers"
             )
 
     def _spec_of(
@@ -304,6 +308,17 @@ def _check_recordable(options: LayerOptions) -> None:
         )
     if options.retention.needs_mass:
         raise ValueError(
+def _check_across_layers(layers: Sequence[LayerOptions]) -> None:
+    """Layers whose pages compete judge them alike."""
+    policies = {options.retention.name: options.retention for options in layers}
+    if len({options.retention for options in layers}) > 1:
+        raise ValueError(
+            "budget.across_layers compares what pages of layers are worth, and retention is not "
+            f"the same in all that have it ({', '.join(sorted(policies))}): give them one policy, "
+            "or the others a budget without it, under `layers`"
+        )
+
+
             f"cuda_graphs: retention {options.retention.name} books every step's masses on the "
             "host; set cuda_graphs to false, or choose a policy without them"
         )

@@ -75,7 +75,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.keeps_last_experts = "previous" in sources
         self.last_experts: torch.Tensor | None = None
         peers = [
-            layer.verdicts for layer in self.sharded_layers if layer.store.keeper.sums_layers
+            layer.verdicts for layer in self.sharded_layers if layer.store.keeper.joins_layers
         ]
         for verdicts in peers:
             verdicts.peers = peers
