@@ -25,8 +25,8 @@ class ReinforcedOptions(GateOptions):
     name: Literal["reinforced"] = "reinforced"
     cost: float = Field(0.01, ge=0, le=1, description="share of the attention that a visit costs")
     online: bool = Field(
-        True, description="whether visits teach: the sequence, what its shards give, and `learned`, "
-        "what any shard does"
+        True, description="whether visits teach: the sequence, what its shards give, and "
+        "`learned`, what any shard does"
     )
 
     keeps_learned: ClassVar[bool] = True
@@ -45,11 +45,11 @@ class ReinforcedRouter(KVRouter):
     """A contextual bandit, greedy, in two parts.
 
     What any shard gives is expected of what home knows of it (`VisitSums`, of the layer): where
-    nothing was learned, its share of the relevance. Online, a sequence learns by itself how far that
-    is true of each of its shards: given / expected, both summed over visits, with one query's whole
-    attention before the first. A share of the relevance is of the attention to pages, and windows
-    take much of the whole, so it comes down with every visit; a shard that was not visited for long
-    looks the better for it, and is tried again.
+    nothing was learned, its share of the relevance. Online, a sequence learns by itself how far
+    that is true of each of its shards: given / expected, both summed over visits, with one query's
+    whole attention before the first. A share of the relevance is of the attention to pages, and
+    windows take much of the whole, so it comes down with every visit; a shard that was not visited
+    for long looks the better for it, and is tried again.
     """
 
     def __init__(

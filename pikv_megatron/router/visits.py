@@ -1,5 +1,5 @@
-"""What a visit to a shard will give of the attention, by what home knows of the shard: a table a layer
-that serves every sequence, wherever its pages lie.
+"""What a visit to a shard will give of the attention, by what home knows of the shard: a table a
+layer that serves every sequence, wherever its pages lie.
 
 Shards of two sequences have nothing in common but what can be said of any shard, so what is learned
 are the weights of that. Its sums are additive: over ranks, over runs, and over a calibration.
