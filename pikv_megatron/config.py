@@ -201,8 +201,9 @@ class PiKVConfig(LayerOptions):
             spec.options.sketch.build(spec.kv, self.page_size, 0, needs_bounds)
             if (needs_bounds or spec.options.selector.samples) and self.replicas > 1:
                 raise ValueError(
-                    f"selector {spec.options.selector.name} counts what pages hold, and replicas "
-                    f"{self.replicas} stores it more than once: use replicas 1"
+                    f"selector {spec.options.selector.name} counts what pages hold, and with "
+                    f"replicas {self.replicas} several hold a token, of which one is read: use "
+                    "replicas 1"
                 )
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
             if spec.options.codec.transform.is_by_expert and (
