@@ -1,13 +1,14 @@
 """The one configuration of a PiKV cache: a YAML file, checked before anything is computed."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Sequence
 
 import yaml
 from pydantic import ByteSize, Field, ValidationError, model_validator
 
-from pikv_megatron.calibrated import Layers, load_calibrated
-from pikv_megatron.codec.calibration import EXPERTS, read_moments, read_shard_moments
+from pikv_megatron.calibrated import Calibrated, load_calibrated
+from pikv_megatron.codec.calibration import read_moments, read_shard_moments
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
@@ -102,10 +103,11 @@ class PiKVConfig(LayerOptions):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "PiKVConfig":
-        """Read a YAML file.
+        """Read a YAML file. A relative path of a calibration begins at the file's own folder.
 
         Raises:
-            ValueError: the file is missing or no mapping, or a key is unknown or out of range.
+            ValueError: the file or its calibration is missing, it is no mapping, or a key is
+                unknown or out of range.
         """
         path = Path(path)
         try:
@@ -114,13 +116,20 @@ class PiKVConfig(LayerOptions):
             raise ValueError(f"{path}: cannot read the PiKV configuration: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a mapping of PiKVConfig fields")
+        if isinstance(values.get("calibration"), str):
+            values["calibration"] = _beside(path, values["calibration"])
         try:
             return cls(**values)
         except ValidationError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def resolve(self, layers: Sequence[LayerShape]) -> tuple[LayerSpec, ...]:
+    def resolve(
+        self, layers: Sequence[LayerShape], calibrated: Calibrated | None = None
+    ) -> tuple[LayerSpec, ...]:
         """Every layer with its methods.
+
+        Args:
+            calibrated: what the calibration file holds; None: it is opened.
 
         Raises:
             ValueError: `layers` names one that the model does not have, or a method or the
@@ -133,16 +142,19 @@ class PiKVConfig(LayerOptions):
                     f"layers: match {override.match!r} names layer {beyond[0]}, and the model has "
                     f"{len(layers)}, counted from 0"
                 )
-        calibrated = {} if self.calibration is None else load_calibrated(self.calibration).layers
+        if calibrated is None and self.calibration is not None:
+            calibrated = load_calibrated(self.calibration)
         specs = tuple(
             self._spec_of(number, layers, calibrated) for number in range(len(layers))
         )
-        summed = []
-        for spec in specs:
-            if spec.sliding_window is None:
-                policy = spec.options.retention.build(spec.fitted)
-                summed += [spec] if policy is not None and policy.sums_layers else []
-        self._check_summed(summed)
+        policies = {
+            spec.number: spec.options.retention.build(spec.fitted)
+            for spec in specs if spec.sliding_window is None
+        }
+        self._check_summed([
+            spec for spec in specs
+            if (policy := policies.get(spec.number)) and policy.sums_layers
+        ])
         for spec in {spec.chosen: spec for spec in specs}.values():
             if spec.options.retention.needs_scores and spec.kv.values_in_keys:
                 raise ValueError(
@@ -181,7 +193,8 @@ class PiKVConfig(LayerOptions):
                     "sketch keys judges keys as RoPE turned them, of one basis a sequence: leave "
                     "out codec.keys before_rope and per_expert, or name another sketch"
                 )
-            if spec.options.retention.merges:
+            policy = policies.get(spec.number)
+            if policy and policy.ageing:
                 _check_merged(spec.options, codec, self)
             is_pooled = codec.pooled > 1 or codec.ageing is not None
             if is_pooled and needs_bounds and not isinstance(spec.options.sketch, KeysOptions):
@@ -221,22 +234,21 @@ class PiKVConfig(LayerOptions):
             )
 
     def _spec_of(
-        self, number: int, layers: Sequence[LayerShape], calibrated: Layers
+        self, number: int, layers: Sequence[LayerShape], calibrated: Calibrated | None
     ) -> LayerSpec:
         shape = layers[number]
         spec = LayerSpec(number + 1, *shape, self._options_of(number, layers))
         # A layer with a sliding window has no pages, and needs no calibration.
-        if self.calibration is None or shape.sliding_window is not None:
+        if calibrated is None or shape.sliding_window is not None:
             return spec
-        fitted = calibrated.get(number, {})
-        moments = (read_moments(self.calibration, number, fitted, shape.kv),)
+        fitted = calibrated.layers.get(number, {})
+        moments = (read_moments(calibrated.path, number, fitted, shape.kv),)
         if spec.options.codec.transform.is_by_expert:
             moments = read_shard_moments(
-                self.calibration, number, fitted, *moments, self.expert_shards
+                calibrated.path, number, fitted, *moments, self.expert_shards
             )
-        fitted = {name: part for name, part in fitted.items() if not name.startswith(EXPERTS)}
         if shape.kv.device.type != "meta":  # a planner asks what was fitted, and computes nothing
-            fitted = {name: part.to(shape.kv.device) for name, part in fitted.items()}
+            fitted = fitted.to(shape.kv.device)
         return spec._replace(moments=moments, fitted=fitted)
 
     def _options_of(self, layer: int, layers: Sequence[LayerShape]) -> LayerOptions:
@@ -248,6 +260,17 @@ class PiKVConfig(LayerOptions):
         num_paged = sum(shape.sliding_window is None for shape in layers)
         budget = options.budget.for_layer(layer, len(layers), num_paged)
         return options.model_copy(update={"budget": budget})
+
+
+def _beside(path: Path, calibration: str) -> Path:
+    """The calibration that a configuration at `path` names."""
+    found = Path(os.path.normpath(path.parent / calibration))
+    if not found.is_file():
+        raise ValueError(
+            f"{path}: calibration {calibration}: there is no file {found}; a relative path begins "
+            f"at the folder of {path.name}"
+        )
+    return found
 
 
 def _check_merged(options: LayerOptions, codec: PageCodec, config: PiKVConfig) -> None:

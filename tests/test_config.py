@@ -85,6 +85,19 @@ def test_keys_override_those_of_the_preset(tmp_path):
     assert (config.window, config.selector.name, config.page_size) == (32, "mass", 64)
 
 
+def test_a_calibration_is_looked_for_beside_its_configuration(tmp_path):
+    path = tmp_path / "caches" / "own.yaml"
+    path.parent.mkdir()
+    path.write_text("calibration: ../fitted.safetensors\n")
+    with pytest.raises(ValueError, match=r"own.yaml: calibration ../fitted.*: there is no file "):
+        PiKVConfig.from_file(path)
+    calibration = tmp_path / "fitted.safetensors"
+    calibration.touch()
+    assert PiKVConfig.from_file(path).calibration == calibration
+    path.write_text(f"calibration: {calibration}\n")
+    assert PiKVConfig.from_file(path).calibration == calibration
+
+
 @pytest.mark.parametrize("path", preset_files().values(), ids=lambda path: path.stem)
 def test_a_preset_is_the_file_of_its_name(path):
     assert PiKVConfig(preset=path.stem) == PiKVConfig.from_file(path)

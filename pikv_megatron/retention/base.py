@@ -9,7 +9,7 @@ Legend: r sequences, m columns, s shards of the rank, ng KV heads, c pages, S to
 w_v widths of keys and values.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar, Mapping
 
 import torch
@@ -21,7 +21,7 @@ from pikv_megatron.retention.prompt import Prompt
 from pikv_megatron.types import Ageing, PageStats
 
 
-class RetentionPolicy(ABC):
+class RetentionPolicy:
     """Says how much each page is worth; the budget says how many stay.
 
     Attributes:
@@ -37,9 +37,10 @@ class RetentionPolicy(ABC):
     ageing: Ageing | None = None
     sums_layers: bool = False
 
-    @abstractmethod
     def utility(self, stats: PageStats) -> torch.Tensor:
-        """[r, m], float32, any where there is no page; of equals the newer page stays."""
+        """[r, m], float32, any where there is no page; of equals the newer page stays. Asked of
+        policies without `ageing`."""
+        raise NotImplementedError
 
     def score(self, prompt: Prompt) -> torch.Tensor:
         """[t], float32, of a prompt's tokens; asked of policies that `needs_scores`."""
@@ -87,11 +88,9 @@ class RetentionOptions(Options):
 
     Attributes:
         takes_budget: whether a budget says how many pages stay.
-        merges: whether older pages become fewer.
     """
 
     takes_budget: ClassVar[bool] = True
-    merges: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, fitted: Mapping[str, torch.Tensor] | None = None) -> RetentionPolicy | None:

@@ -21,6 +21,7 @@ from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
+from pikv_megatron.calibrated import load_calibrated
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.parallel.allgather import AllGatherDispatcher
@@ -73,9 +74,11 @@ class PiKVInferenceContext(StaticInferenceContext):
         sources = [layer.expert_source for layer in self.layers.values()]
         self.keeps_last_experts = "previous" in sources
         self.last_experts: torch.Tensor | None = None
-        peers = [layer for layer in self.sharded_layers if layer.store.keeper.sums_layers]
-        for layer in peers:
-            layer.peers = peers
+        peers = [
+            layer.verdicts for layer in self.sharded_layers if layer.store.keeper.sums_layers
+        ]
+        for verdicts in peers:
+            verdicts.peers = peers
 
     @classmethod
     def for_model(
@@ -87,9 +90,11 @@ class PiKVInferenceContext(StaticInferenceContext):
         Raises:
             ValueError: the configuration does not fit the model, or the calibration is of another.
         """
+        calibrated = None
         if config.calibration is not None:
-            check_calibrated_model(config.calibration, model)
-        specs = config.resolve(layer_shapes(model))
+            calibrated = load_calibrated(config.calibration)
+            check_calibrated_model(calibrated, model)
+        specs = config.resolve(layer_shapes(model), calibrated)
         for spec, layer in zip(specs, model.decoder.layers):
             source = spec.options.router.expert_source
             if source is not None and not hasattr(layer.mlp, "router"):
