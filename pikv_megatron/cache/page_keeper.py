@@ -92,11 +92,6 @@ class PageKeeper:
         return self.sums_layers or self.prunes and self.budget.joins_layers
 
     @property
-    def exceeds(self) -> bool:
-        """Whether what a step fills takes, for the moment, more than is left of it."""
-        return self.drops or self._codec.older is not None
-
-    @property
     def num_verdicts(self) -> int:
         """Lists of dropped columns that a flush gives: one a level of ageing, one of a budget."""
         return self._num_levels + self.prunes

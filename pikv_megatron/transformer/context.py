@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Callable, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import deepspeed.comm as dist
 import torch
@@ -279,17 +279,20 @@ class PiKVInferenceContext(StaticInferenceContext):
     ) -> tuple[int, int, int, int]:
         """Pages to be free on this rank, and of its own sequences on all ranks; the most that any
         sequence comes to have here; and those of the first that are to grow old."""
-        # What a prompt's chunk fills is dropped after it was filled.
-        chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
-        owned = chunk if layer.store.keeper.exceeds else 0
-        noted, old = chunk if layer.store.keeper.drops else 0, 0
+        owned = noted = old = passing = listed = 0
         for sequence, length in lengths:
             home = sequence.slot // self.max_batch_size
-            here, growing = self._missing_pages(layer, sequence, length, home == self.rank)
-            owned, old = owned + here, old + growing
+            here = self._missing_pages(layer, sequence, length, home == self.rank)
+            owned, old = owned + here.stay, old + here.old
+            passing += here.pass_on
             if home == self.rank:
-                far, _ = self._missing_pages(layer, sequence, length, at_home=False)
-                noted += here + (self.num_ranks - 1) * far
+                far = self._missing_pages(layer, sequence, length, at_home=False)
+                noted += here.stay + (self.num_ranks - 1) * far.stay
+                listed += here.go + (self.num_ranks - 1) * far.go
+        # What a prompt's chunk fills is dropped, or packed anew, after it was filled.
+        chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
+        owned += min(chunk, passing)
+        noted += min(chunk, listed)
         longest = max((length for _, length in lengths), default=0)
         most = self.footprint.most_pages(self._num_in_shards(longest))
         return owned, noted, layer.store.keeper.num_columns(most), old
@@ -312,14 +315,16 @@ class PiKVInferenceContext(StaticInferenceContext):
 
     def _missing_pages(
         self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool
-    ) -> tuple[int, int]:
-        """Pages that a sequence of `length` tokens, spread evenly, needs on a rank besides those
-        that it has, and how many of them are to grow old."""
-        store, later = layer.store, self._num_in_shards(length)
-        wanted = store.keeper.num_columns(self.footprint.enough_pages(later, at_home))
+    ) -> "_MissingPages":
+        """Of a sequence of `length` tokens, spread evenly, on a rank."""
+        keeper, later = layer.store.keeper, self._num_in_shards(length)
+        filled = self.footprint.enough_pages(later, at_home)
         now = sequence.flushed - self.pikv_config.num_sinks
-        held = store.keeper.num_columns(self.footprint.full_pages(now, at_home))
-        return wanted - held, store.keeper.num_old(wanted) - store.keeper.num_old(held)
+        wanted = keeper.num_columns(filled)
+        held = keeper.num_columns(self.footprint.full_pages(now, at_home))
+        old = keeper.num_old(wanted)
+        go = filled - wanted
+        return _MissingPages(wanted - held, old - keeper.num_old(held), go, go + old)
 
     def _num_in_shards(self, length: int) -> int:
         """Tokens in shards of a sequence of `length`, at most."""
@@ -382,3 +387,19 @@ class PiKVInferenceContext(StaticInferenceContext):
                     self.release(self._sequences[slot])
                 self._sequences[slot] = CachedSequence(slot, flushed=self.pikv_config.num_sinks)
         return [StepRow(self._sequences[slot], count) for slot in slots]
+
+
+class _MissingPages(NamedTuple):
+    """What a sequence needs on a rank besides the pages that it has.
+
+    Attributes:
+        stay: pages.
+        old: those of them that are to grow old.
+        go: pages that it fills and that do not stay.
+        pass_on: pages that it fills and that do not stay as they are.
+    """
+
+    stay: int
+    old: int
+    go: int
+    pass_on: int
