@@ -6,6 +6,8 @@ unless a linear codec is absorbed into the query and the output), G ranks of the
 group.
 """
 
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -326,6 +328,36 @@ class PageStats(NamedTuple):
     def own_shard(self) -> Tensor:
         """`shard`, 0 for padding."""
         return self.shard.masked_fill(~self.is_page, 0)
+
+
+class TierPlan(NamedTuple):
+    """Where the pages of a rank lie.
+
+    Attributes:
+        device: share of them on the device, where attention reads them.
+        host: share of them in the host's memory, at most; all others lie in a file.
+        directory: of the file; None: the system's for such files.
+        ahead: pages of a sequence that are fetched before they are asked for.
+    """
+
+    device: float
+    host: float
+    directory: Path | None
+    ahead: int
+
+    def rows(self, num_pages: int) -> tuple[int, int, int]:
+        """Of so many pages, room for how many there is on the device, in host memory, in the file.
+
+        What comes back from the file leaves its record there, so it has room for more than lie in
+        it alone.
+
+        Example:
+            A quarter on the device and half in host memory: of 8 pages 2, 4, and room for 4.
+        """
+        on_device = math.ceil(self.device * num_pages)
+        in_host = min(math.ceil(self.host * num_pages), num_pages - on_device)
+        is_enough = on_device + in_host == num_pages
+        return on_device, in_host, 0 if is_enough else num_pages - in_host
 
 
 class Ageing(NamedTuple):

@@ -87,6 +87,13 @@ class DiskTier:
         if self.num_bytes:
             os.posix_fallocate(self._opened(), 0, self.num_bytes)
 
+    def shrink(self) -> None:
+        """Empty a file that no page lies in; in others free rows stay."""
+        if self.rows.num_free == self.rows.num_pages > 0:
+            self.rows.compact()
+            self._fingerprints = self._fingerprints[-1:].clone()
+            os.ftruncate(self._opened(), 0)
+
     def read(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Records [c, B] of rows [c], and what each of them suffered, `Loss` [c]."""
         records = torch.zeros(len(rows), self._record_bytes, dtype=torch.uint8)

@@ -46,6 +46,11 @@ class PagePool:
         """Pages that there is room for."""
         return (self.null_page,)
 
+    @property
+    def at_once(self) -> int | None:
+        """Pages that can be sealed, or read, at once; None: any number."""
+        return None
+
     def allocate(self, is_page: torch.Tensor) -> torch.Tensor:
         """A page for every True of [c]; the others get the null page. As many are surely free."""
         return self.free.allocate(is_page)
