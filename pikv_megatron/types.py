@@ -345,6 +345,11 @@ class TierPlan(NamedTuple):
     directory: Path | None
     ahead: int
 
+    @property
+    def needs_file(self) -> bool:
+        """Whether memory has no room for some pages."""
+        return self.device + self.host < 1
+
     def rows(self, num_pages: int) -> tuple[int, int, int]:
         """Of so many pages, room for how many there is on the device, in host memory, in the file.
 
@@ -356,8 +361,7 @@ class TierPlan(NamedTuple):
         """
         on_device = math.ceil(self.device * num_pages)
         in_host = min(math.ceil(self.host * num_pages), num_pages - on_device)
-        is_enough = on_device + in_host == num_pages
-        return on_device, in_host, 0 if is_enough else num_pages - in_host
+        return on_device, in_host, num_pages - in_host if self.needs_file else 0
 
 
 class Ageing(NamedTuple):

@@ -1,5 +1,7 @@
 """Sealed pages of one layer on their owner rank."""
 
+from collections.abc import Sequence
+
 import torch
 
 from pikv_megatron.cache.free_list import FreeList
@@ -71,6 +73,18 @@ class PagePool:
         """What is attended to, where pages are listed by their numbers: lists of as many columns,
         of which one reads a page."""
         return [sealed]
+
+    def losses(self, lists: Sequence[PageList]) -> torch.Tensor | None:
+        """[n], int64, `Loss` of a page, by its number in any of the lists, that each sequence was
+        to read; None: all are there."""
+        return None
+
+    def hold_space(self) -> None:
+        """Take what space there must be for pages that leave memory.
+
+        Raises:
+            OSError: there is too little.
+        """
 
     def restore(
         self, codec: PageCodec, pages: torch.Tensor, slots: torch.Tensor

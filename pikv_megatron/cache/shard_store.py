@@ -51,6 +51,8 @@ class ShardStore:
             nobody asks.
         on_seal: told of the keys, values, page numbers and sequences of pages that were sealed;
             None: nobody asks.
+        losses: by slot, `Loss` of sequences that were to read a page that is lost, since they were
+            taken note of.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class ShardStore:
         )
         self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
+        self.losses: dict[int, int] = {}
 
     def reserve(self, num_pages: int, num_old: int = 0) -> None:
         """See that `num_pages` pages are free before any token is computed, `num_old` of them for
@@ -286,6 +289,7 @@ class ShardStore:
                 query, lists, plain, self._softmax_scale, reads.slots, with_mass, parts
             ))
             plain = []  # read by the first
+        self._note_losses(reads, every)
         state, masses = merge_rounds(rounds)
         if masses is None:
             return state, None, []
@@ -300,6 +304,12 @@ class ShardStore:
             sealed, *drawn = every
             further = (part for each in drawn for part in self.pool.lists(each))
             yield [*self._lists.stored(reads, sealed), *further]
+
+    def _note_losses(self, reads: OwnerReads, every: list[PageList]) -> None:
+        losses = self.pool.losses(every)
+        if losses is not None:
+            found = zip(reads.slots.tolist(), losses.tolist())
+            self.losses |= {slot: loss for slot, loss in found if loss}
 
     def _part(self, pages: torch.Tensor) -> torch.Tensor:
         """Which part of its sequence each page [...] belongs to: its shard."""

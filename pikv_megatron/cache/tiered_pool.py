@@ -87,13 +87,15 @@ class TieredPagePool(PagePool):
             own = [each._replace(lens=each.lens * is_own[each.table]) for each in lists]
             yield [part for each in own for part in self.lists(each)]
 
-    def losses(self, lists: Sequence[PageList]) -> torch.Tensor | None:
-        """[n], int64, `Loss` of a page that each sequence was to read; None: all have all."""
+    def losses(self, lists):
         if not self.lower.loss.any():
             return None
         loss = self.lower.loss.to(self.place.device)
         every = torch.cat([loss[each.table] * (each.lens > 0) for each in lists], dim=1)
         return every.amax(dim=1)
+
+    def hold_space(self):
+        self.lower.disk.hold_space()
 
     def restore(self, codec, pages, slots):
         parts = []

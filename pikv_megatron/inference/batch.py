@@ -21,7 +21,9 @@ def run_batch(
     Returns:
         What was generated, and the number of steps in which nothing of a prompt was fed.
     """
-    output = GenerationOutput([[] for _ in ids], [[] for _ in ids], [""] * len(ids))
+    output = GenerationOutput(
+        [[] for _ in ids], [[] for _ in ids], [""] * len(ids), [None] * len(ids)
+    )
     num_steps = num_decode_steps = 0
     while engine.running:
         step = engine.step()
@@ -41,6 +43,7 @@ def _append(step: EngineStep, ids: list[int], output: GenerationOutput) -> None:
             output.logprobs[index].append(step.logprobs[sequence_id])
         if sequence_id in step.finish_reasons:
             output.finish_reasons[index] = step.finish_reasons[sequence_id]
+            output.errors[index] = step.errors.get(sequence_id)
 
 
 def _cancel(

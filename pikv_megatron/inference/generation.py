@@ -98,7 +98,8 @@ class PiKVForCausalLM(torch.nn.Module):
             sampling: how tokens are chosen; default greedy.
             stop: when a sequence ends; default only by length.
             callback: told of every step, on every rank; may return the prompts to cancel.
-            keep_cache: leave the sequences in the cache for a next turn.
+            keep_cache: leave the sequences in the cache for a next turn, but for those that end
+                with an error.
             resume: the prompts continue the sequences that the last call kept, in order.
 
         Raises:
@@ -154,5 +155,5 @@ class PiKVForCausalLM(torch.nn.Module):
         except BaseException:
             self.engine.reset()
             raise
-        self._kept = ids if keep_cache else []
+        self._kept = [sequence_id for sequence_id in ids if sequence_id in self.engine.kept]
         return output

@@ -1,6 +1,6 @@
 """What the engine and `generate` hand back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -10,12 +10,14 @@ class GenerationOutput:
     Attributes:
         token_ids: new tokens, a stop token included.
         logprobs: their natural log-probabilities under the model.
-        finish_reasons: "stop", "length" or "cancelled".
+        finish_reasons: "stop", "length", "cancelled" or "error".
+        errors: what ended those with an error; None for others.
     """
 
     token_ids: list[list[int]]
     logprobs: list[list[float]]
     finish_reasons: list[str]
+    errors: list[str | None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class EngineStep:
     Attributes:
         token_ids: the tokens chosen.
         logprobs: their natural log-probabilities under the model.
-        finish_reasons: of the sequences that ended: "stop" or "length".
+        finish_reasons: of the sequences that ended: "stop", "length" or "error".
+        errors: what ended those with an error.
         num_prompt_tokens: tokens of prompts that were fed, on all ranks.
     """
 
@@ -61,3 +64,4 @@ class EngineStep:
     logprobs: dict[int, float]
     finish_reasons: dict[int, str]
     num_prompt_tokens: int
+    errors: dict[int, str] = field(default_factory=dict)

@@ -30,6 +30,7 @@ from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
 from pikv_megatron.sketch.none import NoSketchOptions
 from pikv_megatron.transformer.calibrated_model import check_calibrated_model
 from pikv_megatron.transformer.layer_shapes import layer_shapes
+from pikv_megatron.types import TierPlan
 
 STEP_OP = "pikv_step"
 
@@ -115,6 +116,12 @@ class PiKVInferenceContext(StaticInferenceContext):
         return [layer for layer in self.layers.values() if isinstance(layer, LayerCache)]
 
     @property
+    def _tiers(self) -> list[TierPlan]:
+        """Of layers whose pages leave the device."""
+        every = [layer.spec.options.retention.tiers for layer in self.sharded_layers]
+        return [tiers for tiers in every if tiers is not None]
+
+    @property
     def num_pages(self) -> tuple[tuple[int, ...], ...]:
         """Of every layer's pools: they lie elsewhere once they have grown."""
         return tuple(layer.num_pages for layer in self.sharded_layers)
@@ -171,13 +178,27 @@ class PiKVInferenceContext(StaticInferenceContext):
         larger chunks than configured; pools then grow.
 
         Raises:
-            ValueError: the cache of some rank would exceed `memory_limit`; nothing was allocated.
+            ValueError: the cache of some rank would exceed `memory_limit`, and nothing was
+                allocated; or some rank has no space for the pages that lie in a file.
         """
         wanted = [(layer, *self._wanted_pages(layer, lengths)) for layer in self.sharded_layers]
         if self.pikv_config.memory_limit is not None:
             self._check_memory(sum(layer.growth_bytes(*pages) for layer, *pages in wanted))
         for layer, *pages in wanted:
             layer.reserve(*pages)
+        if self._tiers:
+            self._hold_space()
+
+    def take_losses(self, slots: Sequence[int]) -> list[int]:
+        """Of sequences, `Loss` of a page that this rank was to read in the last step, 0 where it
+        had all; none where no page can be lost. They are forgotten."""
+        if not self._tiers:
+            return []
+        found: dict[int, int] = {}
+        for layer in self.sharded_layers:
+            found |= layer.store.losses
+            layer.store.losses = {}
+        return [found.get(slot, 0) for slot in slots]
 
     def keep_all_logits(self) -> None:
         """Let the model give logits for all tokens of a step, as all sequences lie one behind the
@@ -288,18 +309,40 @@ class PiKVInferenceContext(StaticInferenceContext):
     def _check_memory(self, growth: int) -> None:
         """Refuse on all ranks what is too much for one of them."""
         limit = self.pikv_config.memory_limit
-        needed = torch.tensor(self.allocated_bytes() + growth)
-        if self.num_ranks > 1:
-            # On the device that the group's backend works with.
-            device = self.layers[min(self.layers)].spec.kv.device
-            needed = needed.to(device)
-            dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=self.ep_group)
-        if int(needed) > limit:
+        needed = self._most_of_all(self.allocated_bytes() + growth)
+        if needed > limit:
             raise ValueError(
                 f"memory_limit {limit.human_readable()}: a rank's cache would take "
-                f"{ByteSize(int(needed)).human_readable()}; send fewer or shorter sequences, keep "
+                f"{ByteSize(needed).human_readable()}; send fewer or shorter sequences, keep "
                 "fewer pages (retention, codec), use more ranks, or raise the limit"
             )
+
+    def _hold_space(self) -> None:
+        """Refuse on all ranks what one of them has no space for; a plan holds none."""
+        if self.layers[min(self.layers)].spec.kv.device.type == "meta":
+            return
+        error = None
+        try:
+            for layer in self.sharded_layers:
+                layer.store.pool.hold_space()
+        except OSError as failed:
+            error = failed
+        if self._most_of_all(int(error is not None)):
+            own = f": {error}" if error is not None else ", on another rank"
+            raise ValueError(
+                f"retention.directory: no file could be made for pages, or it has too little space"
+                f"{own}; name another directory, keep more pages in memory (retention.host), or "
+                "send fewer or shorter sequences"
+            ) from error
+
+    def _most_of_all(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        # On the device that the group's backend works with.
+        device = self.layers[min(self.layers)].spec.kv.device
+        most = torch.tensor(number, device=device)
+        if self.num_ranks > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.ep_group)
+        return int(most)
 
     def _missing_pages(
         self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool
@@ -348,6 +391,11 @@ class PiKVInferenceContext(StaticInferenceContext):
 
         Megatron allocates a new batch's whole capacity, and so does this.
         """
+        if any(tiers.needs_file for tiers in self._tiers):
+            raise ValueError(
+                "retention.host: a page that is lost in a file ends its sequence with an error, "
+                "and Megatron's engine has none for a sequence; set host to 1, or call generate"
+            )
         if self.plan is not None:
             self.plan.finish()
         self._first_layer = layer_number

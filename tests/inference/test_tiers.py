@@ -1,10 +1,16 @@
 """Pages over device, host memory and a file: a sequence reads what it would without tiers."""
 
+import errno
+import os
+from collections.abc import Callable
+
 import pytest
+from layer_caches import SHAPE
 from parity_models import VOCAB, build, draw_weights
 from ranks import run_ranks
 
 from pikv_megatron import PiKVConfig, PiKVForCausalLM, process_groups
+from pikv_megatron.inference.outputs import GenerationOutput
 
 SIZES = dict(shard_after=0, page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
 PROMPTS = [[(7 * i) % VOCAB for i in range(90)], [5, 9, 2], [(3 * i) % VOCAB for i in range(61)]]
@@ -51,16 +57,75 @@ def compare(pg, fields: dict, directory) -> None:
         pool.check_integrity()
 
 
-def run_tiers(num_ranks: int, directory) -> None:
+def run_damaged(pg, damage: Callable, directory) -> tuple[GenerationOutput, GenerationOutput]:
+    """What is generated with tiers, the last rank's files damaged after some steps, and without."""
+    lm = model_of(pg, retention=TIERS | {"host": 0, "directory": directory})
+
+    def on_step(step) -> None:
+        if step.step == 8 and pg.ep.rank() == pg.ep.size() - 1:
+            victim = lm.engine.running[min(lm.engine.running)].cached.slot
+            for layer in lm.engine.context.sharded_layers:
+                damage(layer.store, victim)
+
+    found = lm.generate(PROMPTS, max_new_tokens=NUM_NEW, callback=on_step)
+    for pool in pools_of(lm):
+        pool.check_integrity()
+    return found, lm.generate(PROMPTS, max_new_tokens=NUM_NEW)
+
+
+def change_pages(store, victim: int) -> None:
+    """Other bytes where the file has pages of one sequence."""
+    rows = store.pool.lower.disk_row[store.table.pages_of(victim)]
+    disk = store.pool.lower.disk
+    for row in rows[rows >= 0].tolist():
+        os.pwrite(disk._file, b"?", row * disk.num_bytes // disk.rows.num_pages + 3)
+
+
+def cut_file(store, victim: int) -> None:
+    os.ftruncate(store.pool.lower.disk._file, 0)
+
+
+def no_space(*_) -> None:
+    raise OSError(errno.ENOSPC, "no space left")
+
+
+def refused(pg, directory) -> str:
+    """What is said where the first rank has no space."""
+    hold = os.posix_fallocate
+    os.posix_fallocate = hold if pg.ep.rank() else no_space
+    try:
+        model_of(pg, retention=TIERS | {"directory": directory}).generate(PROMPTS, 2)
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.posix_fallocate = hold
+
+
+def run_tiers(num_ranks: int, directory) -> tuple:
     with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
         for fields in CACHES.values():
             compare(pg, fields, directory)
+        return [run_damaged(pg, damage, directory) for damage in (change_pages, cut_file)], \
+            refused(pg, directory)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_tiers_change_nothing_that_is_generated(num_ranks, tmp_path):
-    run_ranks(run_tiers, num_ranks, num_ranks, tmp_path)
+    by_rank = run_ranks(run_tiers, num_ranks, num_ranks, tmp_path)
     assert not list(tmp_path.iterdir())
+    (changed, cut), _ = by_rank[0]
+    assert all(found[0] == by_rank[0][0] for found in by_rank)
+    assert all("retention.directory" in said for _, said in by_rank)
+    found, whole = changed
+    assert found.finish_reasons == ["error", "length", "length"]
+    assert f"on rank {num_ranks - 1}" in found.errors[0] and "other bytes" in found.errors[0]
+    assert found.errors[1:] == [None, None] and found.token_ids[1:] == whole.token_ids[1:]
+    assert found.token_ids[0] == whole.token_ids[0][:9]
+    found, whole = cut
+    assert found.finish_reasons[:2] == ["error", "length"]
+    assert "has become shorter" in found.errors[0]
+    assert found.token_ids[1] == whole.token_ids[1]
+    assert whole.finish_reasons == ["length"] * 3
 
 
 @pytest.mark.parametrize("fields, said", [
@@ -71,7 +136,5 @@ def test_tiers_change_nothing_that_is_generated(num_ranks, tmp_path):
     ({"budget": "share"}, "retention is flexgen"),
 ])
 def test_what_does_not_go_with_tiers_is_refused(fields, said):
-    from layer_caches import SHAPE
-
     with pytest.raises(ValueError, match=said):
         PiKVConfig(retention="flexgen", **fields).resolve([SHAPE])
