@@ -7,6 +7,7 @@ group.
 """
 
 import math
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -285,12 +286,15 @@ class Reads(NamedTuple):
         drawn: [n, G, k'], int64, like `columns`, further pages, which stand for others; None: no
             page does.
         log_weight: [n], float32, log of how often each drawn page counts; None where none is drawn.
+        ahead: [n, G, k''], int64, like `columns`, pages that the next step may read; None: nothing
+            is fetched ahead.
     """
 
     shards: Tensor | None = None
     columns: Tensor | None = None
     drawn: Tensor | None = None
     log_weight: Tensor | None = None
+    ahead: Tensor | None = None
 
 
 class PageStats(NamedTuple):
@@ -362,6 +366,26 @@ class TierPlan(NamedTuple):
         on_device = math.ceil(self.device * num_pages)
         in_host = min(math.ceil(self.host * num_pages), num_pages - on_device)
         return on_device, in_host, num_pages - in_host if self.needs_file else 0
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Pages that came back to the device.
+
+    Attributes:
+        from_host: out of host memory.
+        from_file: out of a file, when they were asked for.
+        ahead: out of a file, before they were.
+        seconds: that were waited for all of them.
+    """
+
+    from_host: int = 0
+    from_file: int = 0
+    ahead: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Recalled") -> "Recalled":
+        return Recalled(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
 class Ageing(NamedTuple):

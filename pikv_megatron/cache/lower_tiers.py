@@ -6,12 +6,15 @@ the file stays there, and is written once.
 Legend: p pages of the pool, c some of them, B bytes of a record.
 """
 
+import time
+
 import torch
 
 from pikv_megatron.cache.disk_tier import DiskTier, Loss
 from pikv_megatron.cache.host_tier import HostTier
+from pikv_megatron.cache.read_ahead import ReadAhead
 from pikv_megatron.cache.widen import narrow, widen
-from pikv_megatron.types import TierPlan
+from pikv_megatron.types import Recalled, TierPlan
 
 
 class LowerTiers:
@@ -26,12 +29,15 @@ class LowerTiers:
         host_row: [p + 1], int64, of a page in host memory, -1 elsewhere.
         disk_row: [p + 1], int64, of a page in the file, -1 for none; it may lie on the device too.
         loss: [p + 1], int64, why a page cannot be read again, `Loss`.
+        recalled: what went back to the device since it was last looked at.
     """
 
     def __init__(self, record_bytes: int, plan: TierPlan, device: torch.device):
         self._plan = plan
         self.host = HostTier(record_bytes, device)
         self.disk = DiskTier(record_bytes, plan.directory, device)
+        self.recalled = Recalled()
+        self._ahead = ReadAhead(self.disk)
         none = torch.full((1,), -1, device=self.host.rows.pages().device)
         self.host_row, self.disk_row, self.loss = none, none.clone(), torch.zeros_like(none)
 
@@ -77,18 +83,28 @@ class LowerTiers:
     def take(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages [c] that go to the device, and their records [c, B]: without those that cannot be
         read again."""
-        in_host = self.host_row[pages] >= 0
+        start, in_host = time.perf_counter(), self.host_row[pages] >= 0
         held, filed = pages[in_host], pages[~in_host]
         records = self.host.read(self.host_row[held])
         self._leave_host(held)
         if not len(filed):
+            self._count(start, len(held))
             return held, records
-        read, self.loss[filed] = self.disk.read(self.disk_row[filed])
+        read, self.loss[filed], num_ahead = self._ahead.read(self.disk_row[filed])
         is_whole = self.loss[filed] == Loss.NONE
-        return torch.cat([held, filed[is_whole]]), torch.cat([records, read[is_whole]])
+        found = torch.cat([held, filed[is_whole]]), torch.cat([records, read[is_whole]])
+        self._count(start, len(held), len(filed) - num_ahead, num_ahead)
+        return found
+
+    def fetch_ahead(self, pages: torch.Tensor) -> None:
+        """Begin to read those of pages [c], each named once, that lie in the file."""
+        rows = self.disk_row[pages[self.host_row[pages] < 0]]
+        if len(rows):
+            self._ahead.begin(rows)
 
     def forget(self, pages: torch.Tensor) -> None:
         """Pages [c] are no more."""
+        self._ahead.drop()
         self._leave_host(pages[self.host_row[pages] >= 0])
         rows = self.disk_row[pages]
         self.disk.rows.release(rows[rows >= 0])
@@ -96,6 +112,7 @@ class LowerTiers:
 
     def compact(self, kept: torch.Tensor) -> None:
         """Keep the pages `kept` [k], and give back the memory of free rows."""
+        self._ahead.drop()
         number = self.host.compact()
         self.host_row, self.disk_row, self.loss = (
             narrow(book, kept, 0) for book in (self.host_row, self.disk_row, self.loss)
@@ -107,13 +124,16 @@ class LowerTiers:
     def tensors(self) -> list[torch.Tensor]:
         """What takes host memory."""
         books = [self.host_row, self.disk_row, self.loss]
-        return [*books, *self.host.tensors(), *self.disk.tensors()]
+        return [*books, *self.host.tensors(), *self.disk.tensors(), *self._ahead.tensors()]
 
     def check_integrity(self) -> None:
         """Every row is free or has exactly one page."""
         for free, book in ((self.host.rows, self.host_row), (self.disk.rows, self.disk_row)):
             every = torch.cat([book[book >= 0], free.pages()]).sort().values
             assert torch.equal(every, torch.arange(free.num_pages)), "rows lost or held twice"
+
+    def _count(self, start: float, *pages: int) -> None:
+        self.recalled += Recalled(*pages, seconds=time.perf_counter() - start)
 
     def _leave_host(self, pages: torch.Tensor) -> None:
         self.host.rows.release(self.host_row[pages])

@@ -7,7 +7,7 @@ import torch
 from pikv_megatron.cache.free_list import FreeList
 from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.codec.codec import PageCodec
-from pikv_megatron.types import KVPages, PageList
+from pikv_megatron.types import KVPages, PageList, Recalled
 
 
 class PagePool:
@@ -78,6 +78,15 @@ class PagePool:
         """[n], int64, `Loss` of a page, by its number in any of the lists, that each sequence was
         to read; None: all are there."""
         return None
+
+    @property
+    def lower_bytes(self) -> tuple[int, int]:
+        """What is kept in the host's memory and in a file, besides what is where pages are read."""
+        return 0, 0
+
+    def take_recalled(self) -> Recalled:
+        """What came back to the device since it was last asked."""
+        return Recalled()
 
     def hold_space(self) -> None:
         """Take what space there must be for pages that leave memory.

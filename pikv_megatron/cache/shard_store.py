@@ -178,17 +178,11 @@ class ShardStore:
         Returns:
             The attention; and the share of it that each shard of this rank has, [n, 1, np, s].
         """
-        if self.statistics is None and not by_shard:
-            return self.attend(query, reads, near), None
-        sealed, opened = self._read(reads)
-        state, mass, (of_open, *_) = self._attend(query, reads, sealed, [opened, *near], True)
-        if self.statistics is not None:
-            pages = torch.where(sealed.lens > 0, sealed.table, -1)
-            self._count(reads, pages, mass[:, 0], state.lse[:, 0], last_lse)
-        if not by_shard:
-            return state, None
-        shard = self.placement.local_shard(self.pool.shard[sealed.table].long())
-        return state, of_open.scatter_add(3, shard[:, None, None].expand_as(mass), mass)
+        found = self._attend_decoding(query, reads, near, last_lse, by_shard)
+        if reads.ahead is not None:
+            columns = self.keeper.num_columns(reads.num_columns)
+            self.pool.fetch_ahead(self._lists.ahead(reads, columns))
+        return found
 
     def page_logits(self, query: torch.Tensor, reads: OwnerReads) -> torch.Tensor:
         """What query [n, np, hn] would find in every page of n sequences here, from its stored
@@ -273,6 +267,19 @@ class ShardStore:
         """Whether any token of a sequence is stored."""
         first = slot * self._shards
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
+
+    def _attend_decoding(self, query, reads, near, last_lse, by_shard):
+        if self.statistics is None and not by_shard:
+            return self.attend(query, reads, near), None
+        sealed, opened = self._read(reads)
+        state, mass, (of_open, *_) = self._attend(query, reads, sealed, [opened, *near], True)
+        if self.statistics is not None:
+            pages = torch.where(sealed.lens > 0, sealed.table, -1)
+            self._count(reads, pages, mass[:, 0], state.lse[:, 0], last_lse)
+        if not by_shard:
+            return state, None
+        shard = self.placement.local_shard(self.pool.shard[sealed.table].long())
+        return state, of_open.scatter_add(3, shard[:, None, None].expand_as(mass), mass)
 
     def _attend(
         self, query: torch.Tensor, reads: OwnerReads, sealed: PageList, plain: list[PageList],

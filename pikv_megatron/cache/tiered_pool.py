@@ -20,7 +20,7 @@ from pikv_megatron.cache.lower_tiers import LowerTiers
 from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.cache.page_records import from_records, record_bytes, to_records
 from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
-from pikv_megatron.types import PageList, TierPlan
+from pikv_megatron.types import PageList, Recalled, TierPlan
 
 BEHIND = torch.iinfo(torch.int64).max
 
@@ -87,12 +87,24 @@ class TieredPagePool(PagePool):
             own = [each._replace(lens=each.lens * is_own[each.table]) for each in lists]
             yield [part for each in own for part in self.lists(each)]
 
+    def fetch_ahead(self, pages: torch.Tensor) -> None:
+        """Begin to read pages [c], each named once, that may be read next."""
+        self.lower.fetch_ahead(pages[self.place[pages] < 0].cpu())
+
     def losses(self, lists):
         if not self.lower.loss.any():
             return None
         loss = self.lower.loss.to(self.place.device)
         every = torch.cat([loss[each.table] * (each.lens > 0) for each in lists], dim=1)
         return every.amax(dim=1)
+
+    @property
+    def lower_bytes(self):
+        return sum(t.nbytes for t in self.lower.tensors()), self.lower.disk.num_bytes
+
+    def take_recalled(self):
+        recalled, self.lower.recalled = self.lower.recalled, Recalled()
+        return recalled
 
     def hold_space(self):
         self.lower.disk.hold_space()

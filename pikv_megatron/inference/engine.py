@@ -182,7 +182,7 @@ class Engine:
             chosen, [len(rank) for rank in ends], self._ep_group,
             self.context.take_losses([sequence.cached.slot for sequence in running]),
         )
-        step = EngineStep({}, {}, {}, num_prompt_tokens)
+        step = EngineStep({}, {}, {}, num_prompt_tokens, self.context.take_recalled())
         for rank, of_rank in enumerate(losses):
             for sequence, loss in zip(running, of_rank):
                 if loss and sequence.id in self.running:

@@ -30,7 +30,7 @@ from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
 from pikv_megatron.sketch.none import NoSketchOptions
 from pikv_megatron.transformer.calibrated_model import check_calibrated_model
 from pikv_megatron.transformer.layer_shapes import layer_shapes
-from pikv_megatron.types import TierPlan
+from pikv_megatron.types import Recalled, TierPlan
 
 STEP_OP = "pikv_step"
 
@@ -200,6 +200,13 @@ class PiKVInferenceContext(StaticInferenceContext):
             layer.store.losses = {}
         return [found.get(slot, 0) for slot in slots]
 
+    def take_recalled(self) -> Recalled:
+        """Pages that came back to this rank's device since it was last asked, in all layers."""
+        total = Recalled()
+        for layer in self.sharded_layers:
+            total += layer.store.pool.take_recalled()
+        return total
+
     def keep_all_logits(self) -> None:
         """Let the model give logits for all tokens of a step, as all sequences lie one behind the
         other; Megatron keeps the last token's, by a switch that 0.19 moved to its `config`."""
@@ -270,6 +277,11 @@ class PiKVInferenceContext(StaticInferenceContext):
             for name, tensors in layer.parts().items():
                 total[name] += sum(t.nbytes for t in tensors)
         return dict(total)
+
+    def lower_bytes(self) -> tuple[int, int]:
+        """What pages take in the host's memory and in files, where tiers are planned."""
+        every = [layer.store.pool.lower_bytes for layer in self.sharded_layers]
+        return tuple(map(sum, zip((0, 0), *every)))
 
     def check_integrity(self) -> None:
         """No page is lost or held twice, and only live sequences hold any."""

@@ -11,6 +11,7 @@ from layer_caches import SHAPE
 from pikv_megatron.cache.disk_tier import DiskTier, Loss
 from pikv_megatron.cache.host_tier import HostTier
 from pikv_megatron.cache.page_records import from_records, record_bytes, to_records
+from pikv_megatron.cache.read_ahead import ReadAhead
 from pikv_megatron.codec.registry import CodecOptions
 
 CPU = torch.device("cpu")
@@ -111,3 +112,26 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pwritev", full)
     assert tier.write(rows[:2], records[:2]).tolist() == [Loss.FULL] * 2
+
+
+def test_what_is_read_ahead_is_there_when_it_is_asked_for(tmp_path):
+    tier, rows, records = written_tier(tmp_path)
+    ahead = ReadAhead(tier)
+    ahead.begin(rows[[3, 1]])
+    read, loss, num_ahead = ahead.read(rows[[1, 2, 3]])
+    assert torch.equal(read, records[1:4]) and not loss.any() and num_ahead == 2
+    ahead.begin(rows[[3, 4]])
+    read, _, num_ahead = ahead.read(rows)
+    assert torch.equal(read, records) and num_ahead == 2
+    ahead.drop()
+    assert ahead.read(rows)[2] == 0
+
+
+def test_a_row_that_is_lost_ahead_is_found_lost_when_it_is_asked_for(tmp_path):
+    tier, rows, records = written_tier(tmp_path)
+    os.ftruncate(tier._file, 3 * BYTES)
+    ahead = ReadAhead(tier)
+    ahead.begin(rows[2:4])
+    read, loss, num_ahead = ahead.read(rows[1:4])
+    assert torch.equal(read[:2], records[1:3]) and loss.tolist() == [0, 0, Loss.CUT]
+    assert num_ahead == 1

@@ -10,7 +10,8 @@ from parity_models import VOCAB, build, draw_weights
 from ranks import run_ranks
 
 from pikv_megatron import PiKVConfig, PiKVForCausalLM, process_groups
-from pikv_megatron.inference.outputs import GenerationOutput
+from pikv_megatron.inference.outputs import CacheReport, GenerationOutput
+from pikv_megatron.types import Recalled
 
 SIZES = dict(shard_after=0, page_size=4, window=6, num_sinks=2, flush_interval=3, token_shards=4)
 PROMPTS = [[(7 * i) % VOCAB for i in range(90)], [5, 9, 2], [(3 * i) % VOCAB for i in range(61)]]
@@ -37,7 +38,8 @@ def pools_of(lm: PiKVForCausalLM) -> list:
     return [layer.store.pool for layer in lm.engine.context.sharded_layers]
 
 
-def compare(pg, fields: dict, directory) -> None:
+def compare(pg, fields: dict, directory) -> CacheReport:
+    """What tiers cost; they must not change a token."""
     plain = model_of(pg, **fields).generate(PROMPTS, max_new_tokens=NUM_NEW)
     tiered = model_of(pg, **fields, retention=TIERS | {"directory": directory})
     found = tiered.generate(PROMPTS, max_new_tokens=NUM_NEW, keep_cache=True)
@@ -47,6 +49,9 @@ def compare(pg, fields: dict, directory) -> None:
         num_pages, lower = pool.free.num_pages, pool.lower
         assert pool.kv.keys.shape[1] == -(-num_pages // 4) + 1
         assert (lower.host_row >= 0).any() and (lower.disk_row >= 0).any()
+    report = tiered.cache_report()
+    assert report.host_bytes > 0 and report.recalled.seconds > 0
+    assert report.file_bytes == sum(pool.lower.disk.num_bytes for pool in pools_of(tiered))
     sizes = [(pool.sizes, pool.lower.disk.num_bytes) for pool in pools_of(tiered)]
     assert tiered.generate(PROMPTS, max_new_tokens=NUM_NEW) == found
     assert sizes == [(pool.sizes, pool.lower.disk.num_bytes) for pool in pools_of(tiered)]
@@ -55,6 +60,7 @@ def compare(pg, fields: dict, directory) -> None:
         assert pool.place[:-1].max() < 0 and (pool.lower.host_row < 0).all()
         assert pool.lower.disk.rows.num_free == pool.lower.disk.rows.num_pages
         pool.check_integrity()
+    return report
 
 
 def run_damaged(pg, damage: Callable, directory) -> tuple[GenerationOutput, GenerationOutput]:
@@ -103,9 +109,8 @@ def refused(pg, directory) -> str:
 
 def run_tiers(num_ranks: int, directory) -> tuple:
     with process_groups(expert_parallel_size=num_ranks, timeout_seconds=60) as pg:
-        for fields in CACHES.values():
-            compare(pg, fields, directory)
-        return [run_damaged(pg, damage, directory) for damage in (change_pages, cut_file)], \
+        recalled = {name: compare(pg, CACHES[name], directory).recalled for name in CACHES}
+        return recalled, [run_damaged(pg, damage, directory) for damage in (change_pages, cut_file)], \
             refused(pg, directory)
 
 
@@ -113,9 +118,13 @@ def run_tiers(num_ranks: int, directory) -> tuple:
 def test_tiers_change_nothing_that_is_generated(num_ranks, tmp_path):
     by_rank = run_ranks(run_tiers, num_ranks, num_ranks, tmp_path)
     assert not list(tmp_path.iterdir())
-    (changed, cut), _ = by_rank[0]
-    assert all(found[0] == by_rank[0][0] for found in by_rank)
-    assert all("retention.directory" in said for _, said in by_rank)
+    recalled, outputs, said = zip(*by_rank)
+    total = {name: sum((each[name] for each in recalled), Recalled()) for name in CACHES}
+    assert all(found.from_host and found.from_file for found in total.values())
+    assert all((found.ahead > 0) == ("selector" in CACHES[name]) for name, found in total.items())
+    assert all(found == outputs[0] for found in outputs)
+    assert all("retention.directory" in each for each in said)
+    changed, cut = outputs[0]
     found, whole = changed
     assert found.finish_reasons == ["error", "length", "length"]
     assert f"on rank {num_ranks - 1}" in found.errors[0] and "other bytes" in found.errors[0]
