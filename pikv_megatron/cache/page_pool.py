@@ -151,6 +151,11 @@ class PagePool:
         """Their keys and values as stored."""
         return self.kv.tensors
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of the keys and values of all pages, wherever they lie."""
+        return sum(t.nbytes for t in self.payload())
+
     def tensors(self) -> list[torch.Tensor]:
         return self.payload() + self.metadata()
 

@@ -70,10 +70,8 @@ class TieredPagePool(PagePool):
         self.lower.forget(pages.cpu())
 
     def lists(self, sealed):
-        """Of pages that are on the device."""
-        place = self.place[sealed.table]
-        lens = sealed.lens.masked_fill(place < 0, 0)
-        return [sealed._replace(pages=self.kv, table=place.clamp(min=0), lens=lens)]
+        """Of pages that lie on the device, or are to."""
+        return [sealed._replace(pages=self.kv, table=self.place[sealed.table].clamp(min=0))]
 
     def rounds(self, lists: Sequence[PageList]) -> Iterator[list[PageList]]:
         """Lists of pages by their numbers, as they are to be attended to, one round behind the
@@ -84,7 +82,9 @@ class TieredPagePool(PagePool):
             self._hold(pages)
             if len(pages) < len(read):
                 is_own.zero_()[pages] = True
-            own = [each._replace(lens=each.lens * is_own[each.table]) for each in lists]
+            # What is lost did not come.
+            is_here = is_own & (self.place >= 0)
+            own = [each._replace(lens=each.lens * is_here[each.table]) for each in lists]
             yield [part for each in own for part in self.lists(each)]
 
     def fetch_ahead(self, pages: torch.Tensor) -> None:
@@ -97,6 +97,10 @@ class TieredPagePool(PagePool):
         loss = self.lower.loss.to(self.place.device)
         every = torch.cat([loss[each.table] * (each.lens > 0) for each in lists], dim=1)
         return every.amax(dim=1)
+
+    @property
+    def stored_bytes(self):
+        return super().stored_bytes * (self.null_page + 1) // (self.at_once + 1)
 
     @property
     def lower_bytes(self):
