@@ -215,6 +215,7 @@ class ShardStore:
         self.pool.release(self.table.pages_of(slot))
         self.table.clear(slot)
         self.ledger.clear(slot)
+        self.losses.pop(slot, None)
         # The next sequence reads around what is left there: it must be finite.
         name = "keys" if self._kv.values_in_keys else "values"
         self.buffers.tensors[name][:, slot * self._shards : (slot + 1) * self._shards] = 0.0

@@ -50,6 +50,7 @@ class Engine:
         self.context = PiKVInferenceContext.for_model(
             model, pikv, max_batch_size, max_sequence_length, ep_group
         )
+        self.context.tells_losses = True
         self.running: dict[int, LiveSequence] = {}
         self.kept: dict[int, LiveSequence] = {}
         self._ep_group = ep_group

@@ -7,9 +7,9 @@ With beta, gamma, phi, lambda and chi of `Hardware`, of the rank that has most s
 W weights that are read, C the cache's bytes that are (of its pages the share that is read;
 sketches, buffers and windows), F operations, X bytes sent to other ranks, n collectives: in a layer
 two of the experts (lean decoding gathers tokens, and brings outputs home) and, where shards are
-far, two of the cache (queries out, parts home), and two more where owners judge pages first, Y bytes of
-pages that are read and have no room on the device: at least those come, and from host memory at
-best. That home reads its window while queries travel is left out.
+far, two of the cache (queries out, parts home), and two more where owners judge pages first, Y
+bytes of pages that are read and have no room on the device: at least those come, and from host
+memory at best. That home reads its window while queries travel is left out.
 
 The paper (3.3) has T_read = 2 d k B / (rho beta) and T_decode = eta d k B / (rho gamma): see
 `closed_form`.

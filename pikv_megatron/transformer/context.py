@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from pydantic import ByteSize
 
 from pikv_megatron.cache.directory import PageDirectory
+from pikv_megatron.cache.disk_tier import Loss
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.pinned import Pinned
@@ -50,6 +51,9 @@ class PiKVInferenceContext(StaticInferenceContext):
         ep_group: the expert-parallel group; None for a single rank.
         pads_evenly: all ranks must forward the same number of tokens.
 
+    Attributes:
+        tells_losses: a driver asks `take_losses` after every step, and ends those sequences itself.
+
     Raises:
         ValueError: the group's size does not divide the number of shards.
     """
@@ -67,6 +71,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.footprint = Footprint(self.placement, config.page_size, max(1, self.keeps_experts))
         self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
         self.plan: StepPlan | None = None
+        self.tells_losses = False
         self._pads_evenly = pads_evenly
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False
@@ -246,7 +251,14 @@ class PiKVInferenceContext(StaticInferenceContext):
             self.plan = own
 
     def finish_step(self) -> None:
-        """Move the sequences on, after the last layer."""
+        """Move the sequences on, after the last layer.
+
+        Raises:
+            ValueError: a page that was to be read is lost, and it is not for `take_losses` to tell.
+        """
+        lost = [loss for layer in self.sharded_layers for loss in layer.store.losses.values()]
+        if lost and not self.tells_losses:
+            raise ValueError(f"a page of a sequence could not be read: {Loss(lost[0]).said}")
         self.plan.finish()
         self.plan = None
         self._driven = False

@@ -6,12 +6,14 @@ import stat
 
 import pytest
 import torch
-from layer_caches import SHAPE
+from layer_caches import HEADS, NUM_GROUPS, SHAPE, WIDTH, new_context
 
+from pikv_megatron import PiKVConfig
 from pikv_megatron.cache.disk_tier import DiskTier, Loss
 from pikv_megatron.cache.host_tier import HostTier
 from pikv_megatron.cache.page_records import from_records, record_bytes, to_records
 from pikv_megatron.cache.read_ahead import ReadAhead
+from pikv_megatron.cache.step_rows import StepRow
 from pikv_megatron.codec.registry import CodecOptions
 
 CPU = torch.device("cpu")
@@ -135,3 +137,27 @@ def test_a_row_that_is_lost_ahead_is_found_lost_when_it_is_asked_for(tmp_path):
     read, loss, num_ahead = ahead.read(rows[1:4])
     assert torch.equal(read[:2], records[1:3]) and loss.tolist() == [0, 0, Loss.CUT]
     assert num_ahead == 1
+
+
+def test_a_driver_that_tells_nobody_of_losses_is_stopped(tmp_path):
+    retention = {"name": "flexgen", "device": 0.2, "host": 0, "directory": tmp_path}
+    context = new_context(
+        PiKVConfig(page_size=4, window=4, num_sinks=2, flush_interval=2, retention=retention), 1, 80
+    )
+    layer, sequence = context.layers[1], context.start(0)
+
+    def step(count: int) -> None:
+        context.begin_step([[StepRow(sequence, count)]], CPU)
+        kv = torch.randn(count, NUM_GROUPS, WIDTH)
+        layer.attend(torch.randn(count, HEADS, WIDTH), kv, kv, context.plan)
+        layer.settle(context.plan, None)
+        context.finish_step()
+
+    step(60)
+    step(1)
+    os.ftruncate(layer.store.pool.lower.disk._file, 0)
+    with pytest.raises(ValueError, match="its file has become shorter"):
+        step(1)
+    context.reset()
+    context.check_integrity()
+    assert not layer.store.losses
