@@ -335,37 +335,35 @@ class PageStats(NamedTuple):
 
 
 class TierPlan(NamedTuple):
-    """Where the pages of a rank lie.
+    """Where the pages of a rank lie that are not on the device.
 
     Attributes:
-        device: share of them on the device, where attention reads them.
-        host: share of them in the host's memory, at most; all others lie in a file.
+        host: share of all pages that lie in the host's memory, at most; the others lie in a file.
         directory: of the file; None: the system's for such files.
         ahead: pages of a sequence that are fetched before they are asked for.
     """
 
-    device: float
     host: float
     directory: Path | None
     ahead: int
 
     @property
     def needs_file(self) -> bool:
-        """Whether memory has no room for some pages."""
-        return self.device + self.host < 1
+        """Whether memory may have no room for some pages."""
+        return self.host < 1
 
-    def rows(self, num_pages: int) -> tuple[int, int, int]:
-        """Of so many pages, room for how many there is on the device, in host memory, in the file.
+    def rows(self, num_pages: int, num_here: int) -> tuple[int, int]:
+        """Of so many pages, of which some are on the device, room for how many there is in host
+        memory and in the file.
 
         What comes back from the file leaves its record there, so it has room for more than lie in
         it alone.
 
         Example:
-            A quarter on the device and half in host memory: of 8 pages 2, 4, and room for 4.
+            Half in host memory: of 8 pages, 2 of them on the device, 4, and room for 4.
         """
-        on_device = math.ceil(self.device * num_pages)
-        in_host = min(math.ceil(self.host * num_pages), num_pages - on_device)
-        return on_device, in_host, num_pages - in_host if self.needs_file else 0
+        in_host = min(math.ceil(self.host * num_pages), num_pages - num_here)
+        return in_host, 0 if num_here + in_host == num_pages else num_pages - in_host
 
 
 @dataclass(frozen=True)

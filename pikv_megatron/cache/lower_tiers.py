@@ -7,6 +7,7 @@ Legend: p pages of the pool, c some of them, B bytes of a record.
 """
 
 import time
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,7 @@ from pikv_megatron.cache.disk_tier import DiskTier, Loss
 from pikv_megatron.cache.host_tier import HostTier
 from pikv_megatron.cache.read_ahead import ReadAhead
 from pikv_megatron.cache.widen import narrow, widen
-from pikv_megatron.types import Recalled, TierPlan
+from pikv_megatron.types import Recalled
 
 
 class LowerTiers:
@@ -22,7 +23,7 @@ class LowerTiers:
 
     Args:
         record_bytes: B.
-        plan: how many pages lie where.
+        directory: of the file; None: the system's for such files.
         device: of the pool.
 
     Attributes:
@@ -32,27 +33,24 @@ class LowerTiers:
         recalled: what went back to the device since it was last looked at.
     """
 
-    def __init__(self, record_bytes: int, plan: TierPlan, device: torch.device):
-        self._plan = plan
+    def __init__(self, record_bytes: int, directory: Path | None, device: torch.device):
         self.host = HostTier(record_bytes, device)
-        self.disk = DiskTier(record_bytes, plan.directory, device)
+        self.disk = DiskTier(record_bytes, directory, device)
         self.recalled = Recalled()
         self._ahead = ReadAhead(self.disk)
         none = torch.full((1,), -1, device=self.host.rows.pages().device)
         self.host_row, self.disk_row, self.loss = none, none.clone(), torch.zeros_like(none)
 
     def add(self, num_pages: int) -> None:
-        """So many pages more, which lie nowhere yet, and room for what the plan sends here."""
+        """So many pages more, which lie nowhere yet."""
         self.host_row, self.disk_row, self.loss = (
             widen(book, num_pages, 0) for book in (self.host_row, self.disk_row, self.loss)
         )
         new = slice(-1 - num_pages, -1)
         self.host_row[new] = self.disk_row[new] = -1
-        self.fit()
 
-    def fit(self) -> None:
-        """Room for what the plan sends here of the pages that there are."""
-        _, in_host, in_file = self._plan.rows(len(self.loss) - 1)
+    def reserve(self, in_host: int, in_file: int) -> None:
+        """See that there is room for so many."""
         self.host.reserve(in_host)
         self.disk.reserve(in_file)
 
@@ -119,7 +117,6 @@ class LowerTiers:
         )
         self.host_row = torch.where(self.host_row >= 0, number[self.host_row], -1)
         self.disk.shrink()
-        self.fit()
 
     def tensors(self) -> list[torch.Tensor]:
         """What takes host memory."""

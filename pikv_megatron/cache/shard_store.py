@@ -91,6 +91,8 @@ class ShardStore:
                 options.retention.use_threshold,
             )
         budget = options.budget.in_store(self.growth_bytes(1), num_slots, self._shards)
+        if options.retention.tiers is not None:
+            self.pool.most_here = partial(budget.of_rank, num_shards=num_slots * self._shards)
         self._lists = StoreLists(
             self.pool, self.table, self.buffers, placement, kv, spec.num_heads, self._codec.angles
         )

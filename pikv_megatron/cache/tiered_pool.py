@@ -10,7 +10,7 @@ reads follows from what is asked for, and not from what lies where, so the same 
 Legend: p pages, c some of them, n sequences, m columns, d places on the device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -29,9 +29,10 @@ class TieredPagePool(PagePool):
     """Of a pool of p pages, `kv` holds d.
 
     Args:
-        plan: how many pages lie where; the others are as of `PagePool`.
+        plan: where pages lie that are not on the device; the others are as of `PagePool`.
 
     Attributes:
+        most_here: of so many pages, how many lie on the device; to be set: all of them.
         place: [p + 1], int64, where a page lies in `kv`, -1 for one that does not.
         last_read: [p + 1], int64, the number of the reading in which a page was last read.
         lower: pages that are not on the device.
@@ -42,9 +43,10 @@ class TieredPagePool(PagePool):
     ):
         super().__init__(codec, page_size, has_replicas, num_scores, has_levels, device)
         self._plan = plan
+        self.most_here: Callable[[int], int] = lambda num_pages: num_pages
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.last_read = torch.zeros(1, dtype=torch.int64, device=device)
-        self.lower = LowerTiers(record_bytes(self.kv), plan, device)
+        self.lower = LowerTiers(record_bytes(self.kv), plan.directory, device)
         self._places = FreeList(device)
         self._clock = 0
 
@@ -194,15 +196,17 @@ class TieredPagePool(PagePool):
             self._fit()
 
     def _fit(self) -> None:
-        """As many places as the plan gives the pages that there are."""
-        lacking = self._num_lacking(len(self.place) - 1)
+        """Room on the device and below for the pages that there are."""
+        num_pages = len(self.place) - 1
+        self.lower.reserve(*self._plan.rows(num_pages, self.most_here(num_pages)))
+        lacking = self._num_lacking(num_pages)
         if lacking:
             self._places.add(lacking)
             self.kv = widen_fields(self.kv, lacking)
         self.place[-1] = self.at_once
 
     def _num_lacking(self, num_pages: int) -> int:
-        return max(0, self._plan.rows(num_pages)[0] - self.at_once)
+        return max(0, self.most_here(num_pages) - self.at_once)
 
     def _places_growth_bytes(self, missing, count, num_old):
         lacking = self._num_lacking(self.null_page + missing)
@@ -213,7 +217,9 @@ class TieredPagePool(PagePool):
     def _narrow_places(self, kept):
         self.place, self.last_read = (narrow(t, kept, 0) for t in (self.place, self.last_read))
         self.lower.compact(kept)
-        surplus = self.at_once - self._places.num_free - self._plan.rows(len(kept))[0]
+        most = self.most_here(len(kept))
+        self.lower.reserve(*self._plan.rows(len(kept), most))
+        surplus = self.at_once - self._places.num_free - most
         if surplus > 0:
             self._demote(self._read_longest_ago(surplus))
         kept_places, number = self._places.compact()

@@ -17,7 +17,7 @@ class Churn(RuleBasedStateMachine):
     @initialize(
         page_size=st.integers(1, 5), window=st.integers(0, 6), shards=st.sampled_from([1, 4]),
         retention=st.sampled_from([
-            "all", "h2o", "streaming", {"name": "flexgen", "device": 0.3, "host": 0.2},
+            "all", "h2o", "streaming", {"name": "flexgen", "host": 0.2},
         ]),
         selector=st.sampled_from(["all", "budget", {"name": "mass", "tail": "mean"}]),
         pinned=st.sampled_from([0, 0, 17]),

@@ -140,7 +140,7 @@ def test_a_row_that_is_lost_ahead_is_found_lost_when_it_is_asked_for(tmp_path):
 
 
 def test_a_driver_that_tells_nobody_of_losses_is_stopped(tmp_path):
-    retention = {"name": "flexgen", "device": 0.2, "host": 0, "directory": tmp_path}
+    retention = {"name": "flexgen", "host": 0, "directory": tmp_path}
     context = new_context(
         PiKVConfig(page_size=4, window=4, num_sinks=2, flush_interval=2, retention=retention), 1, 80
     )
