@@ -61,12 +61,12 @@ class LowerTiers:
 
         Args:
             records: [c, B].
-            last_read: [p + 1], int64, when each page was last read.
+            last_read: [p + 1], int64, of the pool, when each page was last read.
         """
         lacking = self.host.rows.missing(len(pages))
         if lacking:
             held = (self.host_row >= 0).nonzero().squeeze(1)
-            held = held[last_read[held].argsort()[:lacking]]
+            held = held[last_read[held].argsort()[:lacking].cpu()]
             self._write(held, self.host.read(self.host_row[held]))
             self._leave_host(held)
             straight = lacking - len(held)

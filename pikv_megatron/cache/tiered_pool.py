@@ -26,7 +26,8 @@ BEHIND = torch.iinfo(torch.int64).max
 
 
 class TieredPagePool(PagePool):
-    """Of a pool of p pages, `kv` holds d.
+    """Of a pool of p pages, `kv` holds d. What is read has to be known by the host, which asks the
+    device for it once a layer.
 
     Args:
         plan: where pages lie that are not on the device; the others are as of `PagePool`.
@@ -182,7 +183,7 @@ class TieredPagePool(PagePool):
         is_new = self.lower.disk_row[own] < 0
         if is_new.any():
             records = to_records(self.kv, place[is_new.to(place.device)]).cpu()
-            self.lower.keep(own[is_new], records, self.last_read.cpu())
+            self.lower.keep(own[is_new], records, self.last_read)
         self._places.release(place)
         self.place[pages] = -1
 

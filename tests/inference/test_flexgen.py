@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable
 
 import pytest
-from layer_caches import SHAPE
+import torch
+from layer_caches import SHAPE, new_context
 from parity_models import VOCAB, build, draw_weights
 from ranks import run_ranks
 
@@ -146,3 +147,9 @@ def test_tiers_change_nothing_that_is_generated(num_ranks, tmp_path):
 def test_what_does_not_go_with_tiers_is_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         PiKVConfig(retention="flexgen", **fields).resolve([SHAPE])
+
+
+def test_megatrons_engine_takes_no_pages_in_files():
+    context = new_context(PiKVConfig(retention=TIERS), 1, 80)
+    with pytest.raises(ValueError, match="retention.host"):
+        context.step(1, torch.zeros(1, 1, 8))
