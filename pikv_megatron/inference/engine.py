@@ -50,7 +50,7 @@ class Engine:
         self.context = PiKVInferenceContext.for_model(
             model, pikv, max_batch_size, max_sequence_length, ep_group
         )
-        self.context.tells_losses = True
+        self.context.tiers.is_driven = True
         self.running: dict[int, LiveSequence] = {}
         self.kept: dict[int, LiveSequence] = {}
         self._ep_group = ep_group
@@ -181,9 +181,9 @@ class Engine:
         running = list(self.running.values())
         pairs, losses = exchange_tokens(
             chosen, [len(rank) for rank in ends], self._ep_group,
-            self.context.take_losses([sequence.cached.slot for sequence in running]),
+            self.context.tiers.take_losses([sequence.cached.slot for sequence in running]),
         )
-        step = EngineStep({}, {}, {}, num_prompt_tokens, self.context.take_recalled())
+        step = EngineStep({}, {}, {}, num_prompt_tokens, self.context.tiers.take_recalled())
         for rank, of_rank in enumerate(losses):
             for sequence, loss in zip(running, of_rank):
                 if loss and sequence.id in self.running:

@@ -79,7 +79,7 @@ class PiKVForCausalLM(torch.nn.Module):
         num_decode_steps, recalled = self._decoded
         return CacheReport(
             context.allocated_bytes(), token_bytes * self._num_tokens, num_decode_steps,
-            *context.lower_bytes(), recalled,
+            *context.tiers.num_bytes, recalled,
         )
 
     def generate(

@@ -12,7 +12,6 @@ from megatron.core.models.gpt import GPTModel
 from pydantic import ByteSize
 
 from pikv_megatron.cache.directory import PageDirectory
-from pikv_megatron.cache.disk_tier import Loss
 from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.pinned import Pinned
@@ -23,6 +22,7 @@ from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
 from pikv_megatron.calibrated import load_calibrated
+from pikv_megatron.cache.tiers import Tiers
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.parallel.allgather import AllGatherDispatcher
@@ -31,7 +31,6 @@ from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
 from pikv_megatron.sketch.none import NoSketchOptions
 from pikv_megatron.transformer.calibrated_model import check_calibrated_model
 from pikv_megatron.transformer.layer_shapes import layer_shapes
-from pikv_megatron.types import Recalled, TierPlan
 
 STEP_OP = "pikv_step"
 
@@ -52,7 +51,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         pads_evenly: all ranks must forward the same number of tokens.
 
     Attributes:
-        tells_losses: a driver asks `take_losses` after every step, and ends those sequences itself.
+        tiers: pages that leave the device.
 
     Raises:
         ValueError: the group's size does not divide the number of shards.
@@ -71,7 +70,6 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.footprint = Footprint(self.placement, config.page_size, max(1, self.keeps_experts))
         self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
         self.plan: StepPlan | None = None
-        self.tells_losses = False
         self._pads_evenly = pads_evenly
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False
@@ -85,6 +83,10 @@ class PiKVInferenceContext(StaticInferenceContext):
         ]
         for verdicts in peers:
             verdicts.peers = peers
+        full = self.sharded_layers
+        self.tiers = Tiers(
+            [layer.store for layer in full], [layer.spec.options.retention.tiers for layer in full]
+        )
 
     @classmethod
     def for_model(
@@ -119,12 +121,6 @@ class PiKVInferenceContext(StaticInferenceContext):
     def sharded_layers(self) -> list[LayerCache]:
         """The layers whose queries see all tokens."""
         return [layer for layer in self.layers.values() if isinstance(layer, LayerCache)]
-
-    @property
-    def _tiers(self) -> list[TierPlan]:
-        """Of layers whose pages leave the device."""
-        every = [layer.spec.options.retention.tiers for layer in self.sharded_layers]
-        return [tiers for tiers in every if tiers is not None]
 
     @property
     def num_pages(self) -> tuple[tuple[int, ...], ...]:
@@ -191,26 +187,8 @@ class PiKVInferenceContext(StaticInferenceContext):
             self._check_memory(sum(layer.growth_bytes(*pages) for layer, *pages in wanted))
         for layer, *pages in wanted:
             layer.reserve(*pages)
-        if self._tiers:
+        if self.tiers:
             self._hold_space()
-
-    def take_losses(self, slots: Sequence[int]) -> list[int]:
-        """Of sequences, `Loss` of a page that this rank was to read in the last step, 0 where it
-        had all; none where no page can be lost. They are forgotten."""
-        if not self._tiers:
-            return []
-        found: dict[int, int] = {}
-        for layer in self.sharded_layers:
-            found |= layer.store.losses
-            layer.store.losses = {}
-        return [found.get(slot, 0) for slot in slots]
-
-    def take_recalled(self) -> Recalled:
-        """Pages that came back to this rank's device since it was last asked, in all layers."""
-        total = Recalled()
-        for layer in self.sharded_layers:
-            total += layer.store.pool.take_recalled()
-        return total
 
     def keep_all_logits(self) -> None:
         """Let the model give logits for all tokens of a step, as all sequences lie one behind the
@@ -254,11 +232,9 @@ class PiKVInferenceContext(StaticInferenceContext):
         """Move the sequences on, after the last layer.
 
         Raises:
-            ValueError: a page that was to be read is lost, and it is not for `take_losses` to tell.
+            ValueError: a page that was to be read is lost, and the driver does not ask for that.
         """
-        lost = [loss for layer in self.sharded_layers for loss in layer.store.losses.values()]
-        if lost and not self.tells_losses:
-            raise ValueError(f"a page of a sequence could not be read: {Loss(lost[0]).said}")
+        self.tiers.check_losses()
         self.plan.finish()
         self.plan = None
         self._driven = False
@@ -289,11 +265,6 @@ class PiKVInferenceContext(StaticInferenceContext):
             for name, tensors in layer.parts().items():
                 total[name] += sum(t.nbytes for t in tensors)
         return dict(total)
-
-    def lower_bytes(self) -> tuple[int, int]:
-        """What pages take in the host's memory and in files, where tiers are planned."""
-        every = [layer.store.pool.lower_bytes for layer in self.sharded_layers]
-        return tuple(map(sum, zip((0, 0), *every)))
 
     def check_integrity(self) -> None:
         """No page is lost or held twice, and only live sequences hold any."""
@@ -345,12 +316,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         """Refuse on all ranks what one of them has no space for; a plan holds none."""
         if self.layers[min(self.layers)].spec.kv.device.type == "meta":
             return
-        error = None
-        try:
-            for layer in self.sharded_layers:
-                layer.store.pool.hold_space()
-        except OSError as failed:
-            error = failed
+        error = self.tiers.hold_space()
         if self._most_of_all(int(error is not None)):
             own = f": {error}" if error is not None else ", on another rank"
             raise ValueError(
@@ -415,7 +381,7 @@ class PiKVInferenceContext(StaticInferenceContext):
 
         Megatron allocates a new batch's whole capacity, and so does this.
         """
-        if any(tiers.needs_file for tiers in self._tiers):
+        if self.tiers.needs_file:
             raise ValueError(
                 "retention.host: a page that is lost in a file ends its sequence with an error, "
                 "and Megatron's engine has none for a sequence; set host to 1, or call generate"

@@ -76,7 +76,7 @@ class Run:
         ]
         self._engine.add([Request(prompt, NEW) for prompt in prompts])
         self.most = self._engine.context.allocated_bytes()
-        self.lower = self._engine.context.lower_bytes()
+        self.lower = self._engine.context.tiers.num_bytes
         self.sent: dict[str, float] = {}
         if is_decoded:
             self._decode(pikv.flush_interval)
