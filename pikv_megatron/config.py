@@ -231,6 +231,8 @@ class PiKVConfig(LayerOptions):
                     f"codec.transform {spec.options.codec.transform.name} pools tokens that sketch "
                     f"{spec.options.sketch.name} bounds one by one: use sketch keys"
                 )
+            if spec.options.retention.tiers is not None:
+                _check_tiered(spec.options, codec)
             if self.cuda_graphs:
                 _check_recordable(spec.options)
             if is_pooled and self.replicas > 1:
@@ -342,12 +344,34 @@ def _check_merged(options: LayerOptions, codec: PageCodec, config: PiKVConfig) -
         )
 
 
+def _check_tiered(options: LayerOptions, codec: PageCodec) -> None:
+    """Whether pages may be moved as they were sealed, and read only where a selector says so."""
+    others = {
+        f"codec.transform {options.codec.transform.name} merges older pages":
+            codec.ageing is not None,
+        f"codec.format {options.codec.format.name} packs older pages anew": codec.older is not None,
+        "sketch keys reads the keys of all pages in every step":
+            isinstance(options.sketch, KeysOptions),
+    }
+    found = next((said for said, is_so in others.items() if is_so), None)
+    if found is not None:
+        raise ValueError(
+            f"retention {options.retention.name} moves pages between tiers as they were sealed, and "
+            f"{found}: leave one of them out, or name another sketch"
+        )
+
+
 def _check_recordable(options: LayerOptions) -> None:
     """Whether a decode step does on the device alone what it does."""
     if options.router.name != "all":
         raise ValueError(
             f"cuda_graphs: router {options.router.name} sends each step's queries to other ranks; "
             "set cuda_graphs to false, or router to all"
+        )
+    if options.retention.tiers is not None:
+        raise ValueError(
+            f"cuda_graphs: retention {options.retention.name} brings pages to the device by what a "
+            "step reads; set cuda_graphs to false, or choose a policy that keeps pages there"
         )
     if options.retention.needs_mass:
         raise ValueError(

@@ -313,7 +313,8 @@ class LayerCache:
             judge = self.directory.judge(absorbed[:, 0], slots, listed)
         near_lse = None if near is None else near.lse[:, 0]
         ask = Ask(*who, listed.directory, judge, near_lse, self.spec.number, shares)
-        return choose(self.router, self.selector, ask)
+        tiers = self.spec.options.retention.tiers
+        return choose(self.router, self.selector, ask, 0 if tiers is None else tiers.ahead)
 
     def _attend_here(
         self, query: torch.Tensor, window: PageList, choice: StepChoice, part: DecodePart
@@ -323,12 +324,13 @@ class LayerCache:
         columns, rank = choice.reads.columns, self._placement.rank
         reads = part.own_reads
         if choice.ask is not None:
-            drawn = choice.reads.drawn
+            drawn, ahead = choice.reads.drawn, choice.reads.ahead
             reads = reads._replace(
                 visited=choice.reads.shards,
                 columns=None if columns is None else columns[:, rank],
                 drawn=None if drawn is None else drawn[:, rank],
                 log_weight=choice.reads.log_weight,
+                ahead=None if ahead is None else ahead[:, rank],
             )
         # What was held may be of a step in which queries travelled.
         slots = part.numbers.window_slots
@@ -356,6 +358,7 @@ class LayerCache:
             0 if reads.columns is None else reads.columns.shape[2],
             0 if self._last_lse is None else self.spec.num_heads,
             0 if reads.drawn is None else reads.drawn.shape[2],
+            0 if reads.ahead is None else reads.ahead.shape[2],
         )
         slots = part.numbers.window_slots
         last_lse = None if self._last_lse is None else self._last_lse[slots]

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pikv_megatron.options import Options
 from pikv_megatron.retention.prompt import Prompt
-from pikv_megatron.types import Ageing, PageStats
+from pikv_megatron.types import Ageing, PageStats, TierPlan
 
 
 class RetentionPolicy:
@@ -102,6 +102,11 @@ class RetentionOptions(Options):
         Raises:
             ValueError: the policy lacks something; names it and the remedy.
         """
+
+    @property
+    def tiers(self) -> TierPlan | None:
+        """Where pages lie that all stay; None: where they are computed."""
+        return None
 
     @property
     def use_threshold(self) -> float | None:

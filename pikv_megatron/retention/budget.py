@@ -77,6 +77,10 @@ class PageBudget(Budget):
         """[r, s], int64: pages that stay of num_sealed [r, s], those ever sealed in each shard."""
 
     @abstractmethod
+    def of_rank(self, num_pages: int, num_shards: int) -> int:
+        """Pages that stay of a rank's, those of all sequences in their `num_shards` shards."""
+
+    @abstractmethod
     def most(self, num_sealed: int, num_shards: int) -> int:
         """At least the pages that stay of `num_sealed`, however they lie in `num_shards`."""
 
@@ -92,6 +96,9 @@ class ShareBudget(PageBudget):
     def limit(self, num_sealed):
         return (num_sealed * self.keep).ceil().long()
 
+    def of_rank(self, num_pages, num_shards):
+        return math.ceil(num_pages * self.keep)
+
     def most(self, num_sealed, num_shards):
         # Each shard rounds up.
         return min(num_sealed, math.ceil(num_sealed * self.keep) + num_shards - 1)
@@ -105,6 +112,9 @@ class PagesBudget(PageBudget):
 
     def limit(self, num_sealed):
         return num_sealed.clamp(max=self.pages)
+
+    def of_rank(self, num_pages, num_shards):
+        return min(num_pages, self.pages * num_shards)
 
     def most(self, num_sealed, num_shards):
         return min(num_sealed, self.pages * num_shards)

@@ -21,6 +21,7 @@ from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
+from pikv_megatron.cache.tiers import Tiers
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.parallel.allgather import AllGatherDispatcher
@@ -48,6 +49,9 @@ class PiKVInferenceContext(StaticInferenceContext):
         specs: the model's layers, `config.resolve`d.
         ep_group: the expert-parallel group; None for a single rank.
         pads_evenly: all ranks must forward the same number of tokens.
+
+    Attributes:
+        tiers: pages that leave the device.
 
     Raises:
         ValueError: the group's size does not divide the number of shards.
@@ -79,6 +83,10 @@ class PiKVInferenceContext(StaticInferenceContext):
         ]
         for verdicts in peers:
             verdicts.peers = peers
+        full = self.sharded_layers
+        self.tiers = Tiers(
+            [layer.store for layer in full], [layer.spec.options.retention.tiers for layer in full]
+        )
 
     @classmethod
     def for_model(
@@ -180,13 +188,16 @@ class PiKVInferenceContext(StaticInferenceContext):
         larger chunks than configured; pools then grow.
 
         Raises:
-            ValueError: the cache of some rank would exceed `memory_limit`; nothing was allocated.
+            ValueError: the cache of some rank would exceed `memory_limit`, and nothing was
+                allocated; or some rank has no space for the pages that lie in a file.
         """
         wanted = [(layer, *self._wanted_pages(layer, lengths)) for layer in self.sharded_layers]
         if self.pikv_config.memory_limit is not None:
             self._check_memory(sum(layer.growth_bytes(*pages) for layer, *pages in wanted))
         for layer, *pages in wanted:
             layer.reserve(*pages)
+        if self.tiers:
+            self._hold_space()
 
     def keep_all_logits(self) -> None:
         """Let the model give logits for all tokens of a step, as all sequences lie one behind the
@@ -227,7 +238,12 @@ class PiKVInferenceContext(StaticInferenceContext):
             self.plan = own
 
     def finish_step(self) -> None:
-        """Move the sequences on, after the last layer."""
+        """Move the sequences on, after the last layer.
+
+        Raises:
+            ValueError: a page that was to be read is lost, and the driver does not ask for that.
+        """
+        self.tiers.check_losses()
         self.plan.finish()
         self.plan = None
         self._driven = False
@@ -300,18 +316,35 @@ class PiKVInferenceContext(StaticInferenceContext):
     def _check_memory(self, growth: int) -> None:
         """Refuse on all ranks what is too much for one of them."""
         limit = self.pikv_config.memory_limit
-        needed = torch.tensor(self.allocated_bytes() + growth)
-        if self.num_ranks > 1:
-            # On the device that the group's backend works with.
-            device = self.layers[min(self.layers)].spec.kv.device
-            needed = needed.to(device)
-            dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=self.ep_group)
-        if int(needed) > limit:
+        needed = self._most_of_all(self.allocated_bytes() + growth)
+        if needed > limit:
             raise ValueError(
                 f"memory_limit {limit.human_readable()}: a rank's cache would take "
-                f"{ByteSize(int(needed)).human_readable()}; send fewer or shorter sequences, keep "
+                f"{ByteSize(needed).human_readable()}; send fewer or shorter sequences, keep "
                 "fewer pages (retention, codec), use more ranks, or raise the limit"
             )
+
+    def _hold_space(self) -> None:
+        """Refuse on all ranks what one of them has no space for; a plan holds none."""
+        if self.layers[min(self.layers)].spec.kv.device.type == "meta":
+            return
+        error = self.tiers.hold_space()
+        if self._most_of_all(int(error is not None)):
+            own = f": {error}" if error is not None else ", on another rank"
+            raise ValueError(
+                f"retention.directory: no file could be made for pages, or it has too little space"
+                f"{own}; name another directory, keep more pages in memory (retention.host), or "
+                "send fewer or shorter sequences"
+            ) from error
+
+    def _most_of_all(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        # On the device that the group's backend works with.
+        device = self.layers[min(self.layers)].spec.kv.device
+        most = torch.tensor(number, device=device)
+        if self.num_ranks > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.ep_group)
+        return int(most)
 
     def _missing_pages(
         self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool
@@ -362,6 +395,11 @@ class PiKVInferenceContext(StaticInferenceContext):
 
         Megatron allocates a new batch's whole capacity, and so does this.
         """
+        if self.tiers.needs_file:
+            raise ValueError(
+                "retention.host: a page that is lost in a file ends its sequence with an error, "
+                "and Megatron's engine has none for a sequence; set host to 1, or call generate"
+            )
         if self.plan is not None:
             self.plan.finish()
         self._first_layer = layer_number
