@@ -352,6 +352,7 @@ def _check_tiered(options: LayerOptions, codec: PageCodec) -> None:
         f"codec.format {options.codec.format.name} packs older pages anew": codec.older is not None,
         "sketch keys reads the keys of all pages in every step":
             isinstance(options.sketch, KeysOptions),
+        "budget.across_layers shares out what stays": options.budget.joins_layers,
     }
     found = next((said for said, is_so in others.items() if is_so), None)
     if found is not None:

@@ -81,6 +81,7 @@ def test_room_is_reserved_for_what_a_layer_may_keep():
 @pytest.mark.parametrize("fields, message", [
     ({"layers": [{"match": "0", "retention": "snapkv"}]}, r"\(h2o, snapkv\): give them one policy"),
     ({"budget": {"name": "bytes", "across_layers": 2}}, "across_layers"),
+    ({"retention": "flexgen", "selector": "budget"}, "tiers .* budget.across_layers shares out"),
 ])
 def test_what_cannot_be_compared_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
