@@ -83,6 +83,8 @@ def generate(engine: deepspeed.InferenceEngine, options: GenerateOptions) -> Non
             sampling=options.sampling, stop=StopCriteria(*stop_args), callback=on_step,
         )
     clock.meter.stop()
+    if options.pikv.learned is not None:
+        engine.module.engine.save_learned(options.pikv.learned, options.model.resolve().name)
     texts = transcript.finish()
     report = engine.module.cache_report()
     usages = gather_usage(

@@ -1,4 +1,5 @@
 """The file that `launch/calibrate.py` writes: what was fitted to each layer of a model, by name.
+What routers learn of a model while they run is written in the same way.
 
 A section of it belongs to whatever registered for fitting (`calibration/registry.py`): `keys.mean`,
 `queries.covariance`. A method reads its own section, and knows by its name what is missing.
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 REMEDY = "make it with launch/calibrate.py for this model"
+REMEDIES = {"calibration": REMEDY, "learned": "name another file, or none that is there"}
 # Of layers, by their numbers from 0; each by name.
 Layers = Mapping[int, Mapping[str, Tensor]]
 
@@ -51,27 +53,34 @@ class Calibrated(NamedTuple):
 
     Attributes:
         path: of the file.
+        key: of the configuration, that names it.
         manifest: of which model and which text it was made, how keys are rotated, the settings.
         layers: tensors by layer and name.
     """
 
     path: Path
+    key: str
     manifest: dict[str, Any]
     layers: dict[int, FittedLayer]
 
 
-def save_calibrated(path: Path, manifest: Mapping[str, Any], layers: Layers) -> None:
-    """Write a file, whole or not at all."""
+def save_calibrated(
+    path: Path, manifest: Mapping[str, Any], layers: Layers, is_private: bool = False
+) -> None:
+    """Write a file, whole or not at all; a private one is its owner's to read."""
     tensors = {
         f"{number}.{name}": part.contiguous() for number, layer in layers.items()
         for name, part in layer.items()
     }
     unfinished = path.with_name(f"{path.name}.new")
+    if is_private:
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch(mode=0o600)
     save_file(tensors, unfinished, {"manifest": json.dumps(dict(manifest), sort_keys=True)})
     os.replace(unfinished, path)
 
 
-def load_calibrated(path: Path) -> Calibrated:
+def load_calibrated(path: Path, key: str = "calibration") -> Calibrated:
     """Open a file, and read its manifest.
 
     Raises:
@@ -81,15 +90,15 @@ def load_calibrated(path: Path) -> Calibrated:
     try:
         file = safe_open(path, "pt")
         manifest = json.loads((file.metadata() or {})["manifest"])
-        for key in file.keys():
-            number, name = key.split(".", 1)
-            keys.setdefault(int(number), {})[name] = key
+        for stored in file.keys():
+            number, name = stored.split(".", 1)
+            keys.setdefault(int(number), {})[name] = stored
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"calibration {path}: cannot read it: {error}") from error
+        raise ValueError(f"{key} {path}: cannot read it: {error}") from error
     except (KeyError, ValueError) as error:
-        raise ValueError(f"calibration {path}: it has no manifest: {REMEDY}") from error
+        raise ValueError(f"{key} {path}: it has no manifest: {REMEDIES[key]}") from error
     layers = {number: FittedLayer(file, own) for number, own in keys.items()}
-    return Calibrated(path, manifest, layers)
+    return Calibrated(path, key, manifest, layers)
 
 
 def section(fitted: Mapping[str, Tensor] | None, asker: str, name: str) -> dict[str, Tensor]:

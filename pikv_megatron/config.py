@@ -46,8 +46,10 @@ class PiKVConfig(LayerOptions):
             batch size and power of two of pages, and replayed: their cost on the host is gone.
             Without CUDA it changes nothing.
         calibration: a file of `launch/calibrate.py`, which transforms, some retention policies and
-            `router.source: gate` are fitted to; None: transforms learn from every sequence's first
-            pages.
+            routers are fitted to; None: transforms learn from every sequence's first pages.
+        learned: a file that routers with `keeps_learned` go on from, and that `Engine.save_learned`
+            writes, `launch/generate.py` at its end; it need not be there yet. None: what they learn
+            ends with the run.
         layers: other methods for some layers.
 
     The methods are those of `LayerOptions`.
@@ -70,6 +72,7 @@ class PiKVConfig(LayerOptions):
     lean_experts: bool = True
     cuda_graphs: bool = False
     calibration: Path | None = None
+    learned: Path | None = None
     layers: tuple[LayerOverride, ...] = ()
 
     @model_validator(mode="before")
@@ -103,7 +106,7 @@ class PiKVConfig(LayerOptions):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "PiKVConfig":
-        """Read a YAML file. A relative path of a calibration begins at the file's own folder.
+        """Read a YAML file. Relative paths in it begin at its own folder.
 
         Raises:
             ValueError: the file or its calibration is missing, it is no mapping, or a key is
@@ -117,19 +120,38 @@ class PiKVConfig(LayerOptions):
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a mapping of PiKVConfig fields")
         if isinstance(values.get("calibration"), str):
-            values["calibration"] = _beside(path, values["calibration"])
+            values["calibration"] = _calibration_beside(path, values["calibration"])
+        if isinstance(values.get("learned"), str):
+            values["learned"] = _beside(path, values["learned"])
         try:
             return cls(**values)
         except ValidationError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def open_files(self) -> tuple[Calibrated | None, Calibrated | None]:
+        """What was calibrated, and what earlier runs learned, where there is such a file.
+
+        Raises:
+            ValueError: a file cannot be read, or the one that is to be learned cannot be written.
+        """
+        calibrated = learned = None
+        if self.calibration is not None:
+            calibrated = load_calibrated(self.calibration)
+        if self.learned is not None:
+            if self.learned.exists():
+                learned = load_calibrated(self.learned, "learned")
+            elif not self.learned.parent.is_dir():
+                raise ValueError(f"learned {self.learned}: there is no such folder: make it")
+        return calibrated, learned
+
     def resolve(
-        self, layers: Sequence[LayerShape], calibrated: Calibrated | None = None
+        self, layers: Sequence[LayerShape],
+        files: tuple[Calibrated | None, Calibrated | None] | None = None,
     ) -> tuple[LayerSpec, ...]:
         """Every layer with its methods.
 
         Args:
-            calibrated: what the calibration file holds; None: it is opened.
+            files: as `open_files` gives them, which is asked by default.
 
         Raises:
             ValueError: `layers` names one that the model does not have, or a method or the
@@ -142,11 +164,13 @@ class PiKVConfig(LayerOptions):
                     f"layers: match {override.match!r} names layer {beyond[0]}, and the model has "
                     f"{len(layers)}, counted from 0"
                 )
-        if calibrated is None and self.calibration is not None:
-            calibrated = load_calibrated(self.calibration)
-        specs = tuple(
-            self._spec_of(number, layers, calibrated) for number in range(len(layers))
-        )
+        files = files or self.open_files()
+        specs = tuple(self._spec_of(number, layers, *files) for number in range(len(layers)))
+        if self.learned and not any(spec.options.router.keeps_learned for spec in specs):
+            raise ValueError(
+                f"learned {self.learned}: no layer's router keeps what it learns: name router "
+                "reinforced, or leave learned out"
+            )
         policies = {
             spec.number: spec.options.retention.build(spec.fitted)
             for spec in specs if spec.sliding_window is None
@@ -154,6 +178,10 @@ class PiKVConfig(LayerOptions):
         self._check_summed([
             spec for spec in specs
             if (policy := policies.get(spec.number)) and policy.sums_layers
+        ])
+        _check_across_layers([
+            spec.options for spec in specs
+            if policies.get(spec.number) and spec.options.budget.joins_layers
         ])
         for spec in {spec.chosen: spec for spec in specs}.values():
             if spec.options.retention.needs_scores and spec.kv.values_in_keys:
@@ -173,8 +201,9 @@ class PiKVConfig(LayerOptions):
             spec.options.sketch.build(spec.kv, self.page_size, 0, needs_bounds)
             if (needs_bounds or spec.options.selector.samples) and self.replicas > 1:
                 raise ValueError(
-                    f"selector {spec.options.selector.name} counts what pages hold, and replicas "
-                    f"{self.replicas} stores it more than once: use replicas 1"
+                    f"selector {spec.options.selector.name} counts what pages hold, and with "
+                    f"replicas {self.replicas} several hold a token, of which one is read: use "
+                    "replicas 1"
                 )
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
             if spec.options.codec.transform.is_by_expert and (
@@ -228,18 +257,21 @@ class PiKVConfig(LayerOptions):
                 f"retention {name} sums over layers, and codec.transform pools pages of each by "
                 "itself: leave young out"
             )
-        budgets = {spec.options.budget for spec in specs}
-        if len(budgets) > 1 or isinstance(budgets.pop(), BytesBudget):
+        budget, *others = {spec.options.budget for spec in specs}
+        if others or isinstance(budget, BytesBudget) or budget.joins_layers:
             raise ValueError(
                 f"retention {name} keeps the same pages in all layers: give them one budget, share "
-                "or pages"
+                "or pages, without across_layers"
             )
 
     def _spec_of(
-        self, number: int, layers: Sequence[LayerShape], calibrated: Calibrated | None
+        self, number: int, layers: Sequence[LayerShape], calibrated: Calibrated | None,
+        learned: Calibrated | None,
     ) -> LayerSpec:
         shape = layers[number]
         spec = LayerSpec(number + 1, *shape, self._options_of(number, layers))
+        if learned is not None and number in learned.layers:
+            spec = spec._replace(learned=learned.layers[number].to(shape.kv.device))
         # A layer with a sliding window has no pages, and needs no calibration.
         if calibrated is None or shape.sliding_window is not None:
             return spec
@@ -264,15 +296,30 @@ class PiKVConfig(LayerOptions):
         return options.model_copy(update={"budget": budget})
 
 
-def _beside(path: Path, calibration: str) -> Path:
-    """The calibration that a configuration at `path` names."""
-    found = Path(os.path.normpath(path.parent / calibration))
+def _beside(path: Path, named: str) -> Path:
+    """What a configuration at `path` names."""
+    return Path(os.path.normpath(path.parent / named))
+
+
+def _calibration_beside(path: Path, calibration: str) -> Path:
+    found = _beside(path, calibration)
     if not found.is_file():
         raise ValueError(
             f"{path}: calibration {calibration}: there is no file {found}; a relative path begins "
             f"at the folder of {path.name}"
         )
     return found
+
+
+def _check_across_layers(layers: Sequence[LayerOptions]) -> None:
+    """Layers whose pages compete judge them alike."""
+    policies = {options.retention.name: options.retention for options in layers}
+    if len({options.retention for options in layers}) > 1:
+        raise ValueError(
+            "budget.across_layers compares what pages of layers are worth, and retention is not "
+            f"the same in all that have it ({', '.join(sorted(policies))}): give them one policy, "
+            "or the others a budget without it, under `layers`"
+        )
 
 
 def _check_merged(options: LayerOptions, codec: PageCodec, config: PiKVConfig) -> None:

@@ -265,8 +265,8 @@ class Directory(NamedTuple):
         is_page: [n, G, m], bool, False marks padding.
         shard: [n, G, m], int64, the shard of each page; any for padding.
         num_shards: N.
-        newest: [n, G, m], int64, position of a page's newest token, any for padding; None where no
-            page is drawn by lot.
+        newest: [n, G, m], int64, position of a page's newest token, any for padding; None where
+            neither selector nor router asks.
     """
 
     table: Tensor

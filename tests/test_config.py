@@ -123,7 +123,7 @@ def test_layers_can_have_methods_of_their_own():
     ({"router": {"name": "top_k", "source": "moe"}}, "source moe visits the shards of experts"),
     ({"layers": [{"match": "0", "sketch": "none"}], "selector": "mass"}, "needs a sketch"),
     ({"sketch": {"name": "low_rank", "rank": 99}}, "sketch.rank 99 exceeds the width of a key"),
-    ({"selector": "certified", "replicas": 2, "expert_shards": 2}, "replicas 2 stores it more"),
+    ({"selector": "certified", "replicas": 2, "expert_shards": 2}, "with replicas 2 several hold"),
     ({"selector": "certified", "sketch": "bounding_box", "codec": {"transform": "pyramidkv"}},
      "transform pyramidkv pools tokens that sketch bounding_box bounds"),
     ({"codec": {"format": "int4"}, "page_size": 3}, "page_size 3 must be a multiple of 2"),

@@ -48,6 +48,9 @@ METHODS = {
     "budget across shards": {
         "retention": "h2o", "budget": {"name": "share", "across_shards": True},
     },
+    "budget across layers": {
+        "retention": "h2o", "budget": {"name": "share", "across_layers": 2},
+    },
     "selector certified": {"selector": {"name": "certified", "tolerance": 0.4}},
     "selector sampled": {"selector": {"name": "sampled", "epsilon": 0.4}},
     "router of the MoE": {

@@ -72,6 +72,8 @@ class LayerCache:
         self.router = spec.options.router.build(
             num_slots, placement.num_shards, spec.kv.device
         )
+        if self.router is not None and self.router.visits is not None:
+            self.router.visits.recall(spec.learned or spec.fitted or {})
         self.gate = spec.options.router.gate(spec.fitted)
         self.selector = spec.options.selector.build()
         self.verdicts = Verdicts(store.keeper, directory, dispatcher)
@@ -249,6 +251,8 @@ class LayerCache:
         if self.directory is not None:
             parts |= self.directory.parts()
         parts["routing"] = [] if self.router is None else self.router.tensors()
+        if self.router is not None and self.router.visits is not None:
+            parts["routing"] += self.router.visits.tensors()
         if self._last_lse is not None:
             parts["statistics"].append(self._last_lse)
         return parts

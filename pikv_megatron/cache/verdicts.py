@@ -4,6 +4,7 @@ import torch
 
 from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.flush_plan import FlushPlan
+from pikv_megatron.cache.layers_together import prune_across, prune_alike
 from pikv_megatron.cache.page_keeper import PageKeeper
 from pikv_megatron.parallel.dispatcher import FLUSH_OP, KVDispatcher
 from pikv_megatron.parallel.packet import pack_bits, unpack_bits
@@ -18,8 +19,8 @@ class Verdicts:
         dispatcher: brings words to the homes.
 
     Attributes:
-        peers: of layers, in order, that keep the same pages, this one among them; none: it keeps
-            its own.
+        peers: of layers, in order, that decide together, this one among them; none: it decides by
+            itself.
     """
 
     def __init__(
@@ -36,11 +37,11 @@ class Verdicts:
             drops.append(self._keeper.prune(slots, flush.most_pages))
         for drop in drops:
             self._tell_homes(drop, flush)
-        # What a page is worth to all layers is known behind the last of them.
+        # What pages are worth to all layers is known behind the last of them.
         if self.peers and self is self.peers[-1]:
             keepers = [peer._keeper for peer in self.peers]
-            drop = self._keeper.prune(slots, flush.most_pages, keepers)
-            for peer in self.peers:
+            together = prune_alike if self._keeper.sums_layers else prune_across
+            for peer, drop in zip(self.peers, together(keepers, slots, flush.most_pages)):
                 peer._tell_homes(drop, flush)
 
     def _tell_homes(self, drop: torch.Tensor, flush: FlushPlan) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from math import isnan
+from pathlib import Path
 
 import deepspeed.comm as dist
 import torch
@@ -16,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from pikv_megatron.cache.disk_tier import Loss
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.inference.homes import deal_homes
+from pikv_megatron.inference.learned import save_learned
 from pikv_megatron.inference.model_runner import ModelRunner
 from pikv_megatron.inference.outputs import EngineStep
 from pikv_megatron.inference.request import Request, check_requests
@@ -129,6 +131,18 @@ class Engine:
         """
         self.context.compact()
         self.context.reserve([(s.cached, s.final_length) for s in self.running.values()])
+
+    def save_learned(self, path: Path, model_name: str) -> None:
+        """Write what routers have learned, for a later run whose configuration names the file under
+        `learned`. Called on every rank.
+
+        Args:
+            model_name: for whoever meets the file with another model.
+
+        Raises:
+            ValueError: no router keeps what it learns.
+        """
+        save_learned(path, model_name, self._runner.model, self.context)
 
     def reset(self) -> None:
         """End every sequence, and forget those that were kept."""

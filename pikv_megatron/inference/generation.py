@@ -141,11 +141,14 @@ class PiKVForCausalLM(torch.nn.Module):
         self._kept = []
         rows = -(-len(requests) // self.num_ranks)
         if self.engine is None or self.engine.context.max_batch_size < rows:
+            learned = {} if self.engine is None else self.engine.context.visits
             self.engine = None  # its memory is free before the next one takes its own
             self.engine = Engine(
                 self.model, self.pikv, self.ep_group, self.vocab_size, self.max_sequence_length,
                 rows,
             )
+            for number, visits in learned.items():
+                self.engine.context.visits[number].taught = visits.taught
         self.engine.reset()
 
     def _run(

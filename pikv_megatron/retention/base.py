@@ -134,8 +134,10 @@ def beyond(
 
 
 def best_first(stats: PageStats, utility: torch.Tensor) -> torch.Tensor:
-    """[r, m], int64: columns by falling utility, the newer first among equals, padding last."""
-    by_age = stats.newest.masked_fill(~stats.is_page, -1).argsort(dim=1, descending=True)
+    """[r, m], int64: columns by falling utility, the newer first among equals, padding last; of
+    pages as old, of two layers say, the first column."""
+    newest = stats.newest.masked_fill(~stats.is_page, -1)
+    by_age = newest.argsort(dim=1, descending=True, stable=True)
     utility = utility.masked_fill(~stats.is_page, -torch.inf)
     return by_age.gather(1, utility.gather(1, by_age).argsort(dim=1, descending=True, stable=True))
 

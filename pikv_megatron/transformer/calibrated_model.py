@@ -8,7 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from pikv_megatron.calibrated import REMEDY, Calibrated
+from pikv_megatron.calibrated import REMEDIES, Calibrated
 
 NAME = "model.outputs"
 # Of 16-bit weights beside their own float32 ones.
@@ -26,7 +26,7 @@ def check_calibrated_model(calibrated: Calibrated, model: GPTModel) -> None:
     Raises:
         ValueError: it is of another one, which is named.
     """
-    path, manifest, layers = calibrated
+    path, key, manifest, layers = calibrated
     for number, layer in layers.items():
         if number >= len(model.decoder.layers):
             is_same = False
@@ -38,6 +38,6 @@ def check_calibrated_model(calibrated: Calibrated, model: GPTModel) -> None:
             )
         if not is_same:
             raise ValueError(
-                f"calibration {path}: it was made of the model {manifest.get('model')!r}, and "
-                f"layer {number} of this one has other weights: {REMEDY}"
+                f"{key} {path}: it was made of the model {manifest.get('model')!r}, and layer "
+                f"{number} of this one has other weights: {REMEDIES[key]}"
             )

@@ -21,13 +21,13 @@ from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
-from pikv_megatron.calibrated import load_calibrated
 from pikv_megatron.cache.tiers import Tiers
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.parallel.allgather import AllGatherDispatcher
 from pikv_megatron.parallel.alltoall import AllToAllDispatcher
 from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
+from pikv_megatron.router.visits import VisitSums
 from pikv_megatron.sketch.none import NoSketchOptions
 from pikv_megatron.transformer.calibrated_model import check_calibrated_model
 from pikv_megatron.transformer.layer_shapes import layer_shapes
@@ -79,7 +79,7 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.keeps_last_experts = "previous" in sources
         self.last_experts: torch.Tensor | None = None
         peers = [
-            layer.verdicts for layer in self.sharded_layers if layer.store.keeper.sums_layers
+            layer.verdicts for layer in self.sharded_layers if layer.store.keeper.joins_layers
         ]
         for verdicts in peers:
             verdicts.peers = peers
@@ -98,11 +98,11 @@ class PiKVInferenceContext(StaticInferenceContext):
         Raises:
             ValueError: the configuration does not fit the model, or the calibration is of another.
         """
-        calibrated = None
-        if config.calibration is not None:
-            calibrated = load_calibrated(config.calibration)
-            check_calibrated_model(calibrated, model)
-        specs = config.resolve(layer_shapes(model), calibrated)
+        files = config.open_files()
+        for file in files:
+            if file is not None:
+                check_calibrated_model(file, model)
+        specs = config.resolve(layer_shapes(model), files)
         for spec, layer in zip(specs, model.decoder.layers):
             source = spec.options.router.expert_source
             if source is not None and not hasattr(layer.mlp, "router"):
@@ -121,6 +121,15 @@ class PiKVInferenceContext(StaticInferenceContext):
     def sharded_layers(self) -> list[LayerCache]:
         """The layers whose queries see all tokens."""
         return [layer for layer in self.layers.values() if isinstance(layer, LayerCache)]
+
+    @property
+    def visits(self) -> dict[int, VisitSums]:
+        """What routers know of visits to any shard, by the numbers of their layers."""
+        routers = {layer.spec.number: layer.router for layer in self.sharded_layers}
+        return {
+            number: router.visits for number, router in routers.items()
+            if router is not None and router.visits is not None
+        }
 
     @property
     def num_pages(self) -> tuple[tuple[int, ...], ...]:
