@@ -163,7 +163,7 @@ class TieredPagePool(PagePool):
         found, records = self.lower.take(pages.cpu())
         if not len(found):
             return
-        found, records = found.to(device), records.to(device)
+        found, records = found.to(device), records.to(device, non_blocking=True)
         self._make_room(len(found))
         place = self._places.allocate(torch.ones_like(found, dtype=torch.bool))
         from_records(records, self.kv, place)
