@@ -374,7 +374,7 @@ class Recalled:
         from_host: out of host memory.
         from_file: out of a file, when they were asked for.
         ahead: out of a file, before they were.
-        seconds: that were waited for all of them.
+        seconds: that were waited for all of them, and for others to make room.
     """
 
     from_host: int = 0

@@ -42,8 +42,10 @@ class HostTier:
             self._records = widen(self._records, missing, 0)
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """A copy [c, B] of rows [c]."""
-        return self._records.index_select(0, rows)
+        """A copy [c, B] of rows [c], page-locked if they are."""
+        shape = len(rows), self._records.shape[1]
+        copy = torch.empty(shape, dtype=torch.uint8, pin_memory=self._is_locked)
+        return torch.index_select(self._records, 0, rows, out=copy)
 
     def write(self, rows: torch.Tensor, records: torch.Tensor) -> None:
         """Keep records [c, B] in rows [c]."""

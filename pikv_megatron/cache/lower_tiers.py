@@ -6,7 +6,6 @@ the file stays there, and is written once.
 Legend: p pages of the pool, c some of them, B bytes of a record.
 """
 
-import time
 from pathlib import Path
 
 import torch
@@ -81,18 +80,17 @@ class LowerTiers:
     def take(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages [c] that go to the device, and their records [c, B]: without those that cannot be
         read again."""
-        start, in_host = time.perf_counter(), self.host_row[pages] >= 0
+        in_host = self.host_row[pages] >= 0
         held, filed = pages[in_host], pages[~in_host]
         records = self.host.read(self.host_row[held])
         self._leave_host(held)
+        self.recalled += Recalled(from_host=len(held))
         if not len(filed):
-            self._count(start, len(held))
             return held, records
         read, self.loss[filed], num_ahead = self._ahead.read(self.disk_row[filed])
         is_whole = self.loss[filed] == Loss.NONE
-        found = torch.cat([held, filed[is_whole]]), torch.cat([records, read[is_whole]])
-        self._count(start, len(held), len(filed) - num_ahead, num_ahead)
-        return found
+        self.recalled += Recalled(from_file=len(filed) - num_ahead, ahead=num_ahead)
+        return torch.cat([held, filed[is_whole]]), torch.cat([records, read[is_whole]])
 
     def fetch_ahead(self, pages: torch.Tensor) -> None:
         """Begin to read those of pages [c], each named once, that lie in the file."""
@@ -128,9 +126,6 @@ class LowerTiers:
         for free, book in ((self.host.rows, self.host_row), (self.disk.rows, self.disk_row)):
             every = torch.cat([book[book >= 0], free.pages()]).sort().values
             assert torch.equal(every, torch.arange(free.num_pages)), "rows lost or held twice"
-
-    def _count(self, start: float, *pages: int) -> None:
-        self.recalled += Recalled(*pages, seconds=time.perf_counter() - start)
 
     def _leave_host(self, pages: torch.Tensor) -> None:
         self.host.rows.release(self.host_row[pages])

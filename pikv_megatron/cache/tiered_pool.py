@@ -10,6 +10,7 @@ reads follows from what is asked for, and not from what lies where, so the same 
 Legend: p pages, c some of them, n sequences, m columns, d places on the device.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -151,15 +152,18 @@ class TieredPagePool(PagePool):
             loss = self.lower.loss[missing.cpu()]
             missing = missing[(loss == Loss.NONE).to(missing.device)]
         if len(missing):
-            self._bring(missing)
+            start = time.perf_counter()
+            self._bring(missing.unique())
+            self.lower.recalled += Recalled(seconds=time.perf_counter() - start)
 
     def _bring(self, pages: torch.Tensor) -> None:
-        """Put pages [c] on the device; those that turn out to be lost stay where they are."""
+        """Put pages [c], rising, on the device; those that turn out to be lost stay where they
+        are."""
         device = self.place.device
         found, records = self.lower.take(pages.cpu())
         if not len(found):
             return
-        found, records = found.to(device), records.to(device)
+        found, records = found.to(device), records.to(device, non_blocking=True)
         self._make_room(len(found))
         place = self._places.allocate(torch.ones_like(found, dtype=torch.bool))
         from_records(records, self.kv, place)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from layer_caches import HEADS, NUM_GROUPS, SHAPE, WIDTH, new_context
 
-from pikv_megatron import PiKVConfig
+from pikv_megatron import PiKVConfig, PiKVInferenceContext
 from pikv_megatron.cache.disk_tier import DiskTier, Loss
 from pikv_megatron.cache.host_tier import HostTier
 from pikv_megatron.cache.page_records import from_records, record_bytes, to_records
@@ -161,3 +161,18 @@ def test_a_driver_that_tells_nobody_of_losses_is_stopped(tmp_path):
     context.reset()
     context.check_integrity()
     assert not layer.store.losses
+
+
+def test_memory_limit_counts_the_device_alone(tmp_path):
+    def reserved(**fields) -> PiKVInferenceContext:
+        context = new_context(PiKVConfig(page_size=4, window=4, **fields), 1, 4000)
+        context.reserve([(context.start(0), 4000)])
+        return context
+
+    tiers = {"name": "flexgen", "host": 0.5, "directory": tmp_path}
+    context = reserved(retention=tiers)
+    on_device, (in_host, in_file) = context.allocated_bytes(), context.tiers.num_bytes
+    assert min(in_host, in_file) > on_device
+    reserved(retention=tiers, memory_limit=on_device)
+    with pytest.raises(ValueError, match="memory_limit"):
+        reserved(memory_limit=on_device)
