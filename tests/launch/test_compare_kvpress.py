@@ -36,7 +36,7 @@ def test_every_contestant_keeps_its_budget(tmp_path):
     assert "pikv h2o int8" not in names
     own = next(result for result in others if result["name"] == "pikv own")
     assert own["keep"] is None and own["budget"] == pytest.approx(own["held_share"], rel=0.1)
-    assert all(0 < result["held_share"] < 0.76 for result in others)
+    assert all(0 < result["held_share"] < 0.76 for result in others if result is not own)
     assert all(name in done.stdout for name in names)
     assert all(name in picture.read_text() for name in ("as computed", "kvpress KVzip"))
 
