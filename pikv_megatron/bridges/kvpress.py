@@ -112,10 +112,11 @@ class PiKVPress(BasePress):
 @contextmanager
 def cache_positions(model: nn.Module) -> Iterator[None]:
     """Tell attention layers the positions that kvpress 0.5 asks for: `transformers` 5.3 and newer
-    no longer pass `cache_position` on. With older ones it changes nothing."""
+    no longer pass `cache_position` on. And give each a mask of its own where several tokens come
+    behind a cache: `transformers` makes one for all, and layers may have kept unlike numbers."""
     language_model = getattr(model.model, "language_model", model.model)
     hooks = [
-        layer.self_attn.register_forward_pre_hook(_add_positions, with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(_describe_cache, with_kwargs=True)
         for layer in language_model.layers
     ]
     try:
@@ -125,13 +126,23 @@ def cache_positions(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _add_positions(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _describe_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     cache, hidden = kwargs.get("past_key_values"), kwargs.get("hidden_states")
-    if cache is not None and hidden is not None and kwargs.get("cache_position") is None:
-        past = cache.get_seq_length(module.layer_idx)
-        kwargs["cache_position"] = torch.arange(
-            past, past + hidden.shape[1], device=hidden.device
-        )
+    if cache is None or hidden is None:
+        return args, kwargs
+    past, count = cache.get_seq_length(module.layer_idx), hidden.shape[1]
+    if kwargs.get("cache_position") is None:
+        kwargs["cache_position"] = torch.arange(past, past + count, device=hidden.device)
+    mask = kwargs.get("attention_mask")
+    if past and count > 1 and mask is not None and mask.shape[-1] != past + count:
+        is_seen = torch.ones(count, past + count, dtype=torch.bool, device=hidden.device)
+        is_seen = is_seen.tril(past).expand(*mask.shape[:2], -1, -1)
+        if mask.dtype == torch.bool:
+            kwargs["attention_mask"] = is_seen
+        else:
+            kwargs["attention_mask"] = torch.zeros_like(is_seen, dtype=mask.dtype).masked_fill(
+                ~is_seen, torch.finfo(mask.dtype).min
+            )
     return args, kwargs
 
 

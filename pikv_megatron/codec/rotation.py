@@ -26,7 +26,9 @@ class RotatedTransform(KVTransform):
         if inner is not None:
             self.pooled, self.learns = inner.pooled, inner.learns
         self._key_rotation = hadamard(self.key_width).to(kv.device)
-        self._value_rotation = hadamard(self.value_width).to(kv.device)
+        self._value_rotation = self._key_rotation
+        if self.value_width != self.key_width:
+            self._value_rotation = hadamard(self.value_width).to(kv.device)
 
     def is_fitted(self, slot):
         return self._inner is None or self._inner.is_fitted(slot)
@@ -58,7 +60,9 @@ class RotatedTransform(KVTransform):
         return out if self._inner is None else self._inner.emit(out, slots)
 
     def tensors(self):
-        own = [self._key_rotation, self._value_rotation]
+        own = [self._key_rotation]
+        if self._value_rotation is not self._key_rotation:
+            own.append(self._value_rotation)
         return own if self._inner is None else own + self._inner.tensors()
 
 

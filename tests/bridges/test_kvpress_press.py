@@ -68,6 +68,23 @@ def test_retention_leaves_fewer_tokens(answer, model):
     assert press.held_bytes < 0.8 * whole.held_bytes and press.dense_bytes == whole.dense_bytes
 
 
+@torch.no_grad()
+def test_layers_that_keep_unlike_numbers_are_fed_several_tokens(model):
+    """As one by one, which needs no mask."""
+    press = PiKVPress(PiKVConfig(**SIZES, layers=[{"match": "0", **HALF}]))
+    tokens = torch.tensor([list(b"fox?")] * 2)
+    together, singly = compressed(model, press), compressed(model, press)
+    assert together.get_seq_length(0) < together.get_seq_length(1) == len(CONTEXT)
+    places = torch.arange(len(CONTEXT), len(CONTEXT) + 4).expand(2, -1)
+    with cache_positions(model):
+        found = model(tokens, past_key_values=together, position_ids=places).logits
+        wanted = [
+            model(tokens[:, i : i + 1], past_key_values=singly, position_ids=places[:, i : i + 1])
+            for i in range(4)
+        ]
+    torch.testing.assert_close(found, torch.cat([x.logits for x in wanted], 1), atol=1e-4, rtol=0)
+
+
 def test_a_codec_leaves_what_its_pages_stand_for(model):
     plain, packed = (
         compressed(model, PiKVPress(PiKVConfig(**SIZES, codec=codec)))

@@ -26,7 +26,6 @@ CODECS: dict[str, dict[str, Any]] = {
     " K3 V2 rotated": {"format": {"keys": "int3", "values": "int2"}, "rotation": "hadamard"},
     " int2 rotated": {"format": "int2", "rotation": "hadamard"},
 }
-POLICIES = ("snapkv", "h2o", "streaming")
 MERGED = (2, 3, 4, 6, 8, 12, 16)  # pages that become one
 CHUNK = 64
 STEPS = 64  # of the share that stays
@@ -40,17 +39,18 @@ class Entry:
         name: of the contestant.
         budget: share of the bytes as computed.
         press: for a prompt.
-        keep: share of the tokens, or of the pages, that stay.
+        keep: share of the tokens, or of the pages, that stay; None: layers differ.
     """
 
     name: str
     budget: float
     press: Any
-    keep: float
+    keep: float | None
 
 
 def entries(options: CompareOptions) -> Iterator[Entry]:
-    """Those of kvpress, then ours: each policy with each number of bits, as much as fits."""
+    """At each budget those of kvpress, then ours: each policy with each number of bits, as much as
+    fits. Then the user's own caches."""
     for budget in options.budgets:
         for name in PRESSES:
             press = getattr(kvpress, name)(compression_ratio=1 - budget)
@@ -60,6 +60,8 @@ def entries(options: CompareOptions) -> Iterator[Entry]:
                 found = _largest(options, shares, codec, budget)
                 if found is not None:
                     yield Entry(f"pikv {policy}{bits}", budget, PiKVPress(found[0]), found[1])
+    for name, pikv in options.caches.items():
+        yield Entry(f"pikv {name}", _share(options, pikv), PiKVPress(pikv), None)
 
 
 def _policies(options: CompareOptions) -> dict[str, list[tuple[float, dict[str, Any]]]]:
@@ -68,7 +70,7 @@ def _policies(options: CompareOptions) -> dict[str, list[tuple[float, dict[str, 
     found = {
         policy: [(keep, {"retention": policy, "budget": {"name": "share", "keep": keep}})
                  for keep in steps]
-        for policy in POLICIES
+        for policy in options.policies
     }
     if options.calibration is not None:
         found["token_eviction"] = [

@@ -10,11 +10,15 @@ from pikv_megatron.calibrated import load_calibrated
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
+from pikv_megatron.config import PiKVConfig
 from pikv_megatron.evaluation.byte_ids import is_bytewise
+from pikv_megatron.evaluation.options import read_cache
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.tasks.base import Source
 from pikv_megatron.evaluation.tasks.registry import TASKS
 from pikv_megatron.inference.arguments import ArgumentParser, positive, writable
+
+POLICIES = ("snapkv", "h2o", "streaming")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class CompareOptions:
         tasks: built, by name.
         length: tokens of a sequence.
         budgets: shares of the bytes of a cache as computed.
+        caches: of the user's, by name, which take part as they are.
+        policies: of ours, which are brought to the budgets.
         dtype: type of weights and caches.
         calibration: file of `launch/calibrate.py`, for policies of ours that need one; None: they
             take no part.
@@ -39,6 +45,8 @@ class CompareOptions:
     tasks: dict[str, list[Task]]
     length: int
     budgets: tuple[float, ...]
+    caches: dict[str, PiKVConfig]
+    policies: tuple[str, ...]
     dtype: torch.dtype
     calibration: Path | None
     output: Path | None
@@ -74,6 +82,9 @@ def parse_options(argv: Sequence[str]) -> CompareOptions:
     for budget in args.budgets:
         if not 0 < budget < 1:
             raise ValueError(f"--budgets {budget} must lie between 0 and 1")
+    for policy in args.policies:
+        if policy not in POLICIES:
+            raise ValueError(f"--policies {policy}: they are {', '.join(POLICIES)}")
     return CompareOptions(
         model=args.model,
         architecture=read_architecture(args.model),
@@ -85,6 +96,8 @@ def parse_options(argv: Sequence[str]) -> CompareOptions:
         },
         length=args.length,
         budgets=tuple(args.budgets),
+        caches={Path(text).stem: read_cache(text) for text in args.pikv},
+        policies=tuple(args.policies),
         dtype=DTYPES[args.dtype],
         calibration=args.calibration,
         output=writable(args.output),
@@ -102,6 +115,11 @@ def _parser() -> ArgumentParser:
     add("--seed", type=int, default=0, help="of the tasks; default: 0")
     add("--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.125], metavar="SHARE",
         help="of the bytes of a cache as computed; default: 0.5 0.25 0.125")
+    add("--pikv", nargs="+", default=[], metavar="FILE",
+        help="YAML files of caches, or names of presets, that take part as they are, at the bytes "
+        "that they hold")
+    add("--policies", nargs="*", default=POLICIES, metavar="NAME",
+        help=f"of ours that are brought to the budgets; default: {' '.join(POLICIES)}")
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s")
     add("--calibration", type=Path, help="file of launch/calibrate.py: with it our policy "
         "token_eviction, which is calibrated, takes part")

@@ -23,13 +23,13 @@ class Result:
     Attributes:
         name: of the contestant.
         budget: share of the bytes as computed; 1: nothing was compressed.
-        keep: share of the tokens, or of the pages, that stay.
+        keep: share of the tokens, or of the pages, that stay; None: layers differ.
         scores: by task.
     """
 
     name: str
     budget: float
-    keep: float
+    keep: float | None
     scores: dict[str, Score]
 
     @property
@@ -58,7 +58,8 @@ def report_table(options: CompareOptions, results: Sequence[Result]) -> Table:
         table.add_column(column, justify="right")
     for result in results:
         table.add_row(
-            result.name, f"{result.budget:g}", f"{result.held_share:.3f}", f"{result.keep:.3f}",
+            result.name, f"{result.budget:.3g}", f"{result.held_share:.3f}",
+            "-" if result.keep is None else f"{result.keep:.3f}",
             *(f"{100 * result.accuracy(task):.1f}" for task in options.tasks),
             f"{100 * result.average:.1f}",
         )

@@ -50,18 +50,19 @@ def _logits(
 ) -> torch.Tensor:
     """[T, vocab], of the tokens behind the prompt, all but the first from what is left of it."""
     cache, ids = DynamicCache(), ids.unsqueeze(0).to(model.device)
-    with cache_positions(model), nullcontext() if press is None else press(model):
-        hidden = model.model(
-            input_ids=ids[:, :prompt_len], past_key_values=cache
-        ).last_hidden_state[:, -1:]
-    _count(model, press, cache, prompt_len, score)
-    last = model.lm_head(hidden)
-    positions = torch.arange(prompt_len, ids.shape[1] - 1, device=ids.device).unsqueeze(0)
-    if not positions.numel():
-        return last[0]
-    behind = model(
-        input_ids=ids[:, prompt_len:-1], past_key_values=cache, position_ids=positions
-    ).logits
+    with cache_positions(model):
+        with nullcontext() if press is None else press(model):
+            hidden = model.model(
+                input_ids=ids[:, :prompt_len], past_key_values=cache
+            ).last_hidden_state[:, -1:]
+        _count(model, press, cache, prompt_len, score)
+        last = model.lm_head(hidden)
+        positions = torch.arange(prompt_len, ids.shape[1] - 1, device=ids.device).unsqueeze(0)
+        if not positions.numel():
+            return last[0]
+        behind = model(
+            input_ids=ids[:, prompt_len:-1], past_key_values=cache, position_ids=positions
+        ).logits
     return torch.cat([last, behind], dim=1)[0]
 
 
