@@ -3,6 +3,7 @@
 Writes the configuration of a cache whose pages take at most N bytes a token, layers together.
 """
 
+import os
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -49,6 +50,8 @@ def main() -> int:
         {"match": str(number), "codec": codec_fields(keys.fields, values.fields)}
         for number, keys, values in layers
     ]
+    if options.pikv.calibration is not None:
+        fields["calibration"] = os.path.relpath(options.pikv.calibration, options.output.parent)
     options.output.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
     return 0
 

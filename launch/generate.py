@@ -83,24 +83,36 @@ def generate(engine: deepspeed.InferenceEngine, options: GenerateOptions) -> Non
             sampling=options.sampling, stop=StopCriteria(*stop_args), callback=on_step,
         )
     clock.meter.stop()
+    if options.pikv.learned is not None:
+        engine.module.engine.save_learned(options.pikv.learned, options.model.resolve().name)
     texts = transcript.finish()
     report = engine.module.cache_report()
     usages = gather_usage(
-        RankUsage(report.allocated_bytes, report.dense_bytes, clock.meter.bytes_by_op())
+        RankUsage(
+            report.allocated_bytes, report.dense_bytes, clock.meter.bytes_by_op(),
+            report.host_bytes, report.file_bytes, report.recalled,
+        )
     )
     if IS_FIRST_RANK:
         write_output(options, output, texts)
+        for place, error in enumerate(output.errors):
+            if error is not None:
+                print(f"prompt {place} ended with an error: {error}", file=sys.stderr)
         num_tokens = sum(map(len, options.prompt_ids)), sum(map(len, output.token_ids))
         Console().print(report_table(clock, *num_tokens, usages))
 
 
 def write_output(options: GenerateOptions, output: GenerationOutput, texts: list[str]) -> None:
-    """One JSON object a line, where a file was asked for."""
+    """One JSON object a line, where a file was asked for; an error, where one ended a prompt."""
     if options.output is None:
         return
     keys = ("prompt", "text", "token_ids", "logprobs")
     rows = zip(options.prompts, texts, output.token_ids, output.logprobs)
-    lines = [json.dumps(dict(zip(keys, row)), ensure_ascii=False) + "\n" for row in rows]
+    lines = [
+        json.dumps(dict(zip(keys, row)) | ({} if error is None else {"error": error}),
+                   ensure_ascii=False) + "\n"
+        for row, error in zip(rows, output.errors)
+    ]
     options.output.write_text("".join(lines), encoding="utf-8")
 
 

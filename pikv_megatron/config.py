@@ -1,13 +1,14 @@
 """The one configuration of a PiKV cache: a YAML file, checked before anything is computed."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Sequence
 
 import yaml
 from pydantic import ByteSize, Field, ValidationError, model_validator
 
-from pikv_megatron.calibrated import Layers, load_calibrated
-from pikv_megatron.codec.calibration import EXPERTS, read_moments, read_shard_moments
+from pikv_megatron.calibrated import Calibrated, load_calibrated
+from pikv_megatron.codec.calibration import read_moments, read_shard_moments
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
@@ -45,8 +46,10 @@ class PiKVConfig(LayerOptions):
             batch size and power of two of pages, and replayed: their cost on the host is gone.
             Without CUDA it changes nothing.
         calibration: a file of `launch/calibrate.py`, which transforms, some retention policies and
-            `router.source: gate` are fitted to; None: transforms learn from every sequence's first
-            pages.
+            routers are fitted to; None: transforms learn from every sequence's first pages.
+        learned: a file that routers with `keeps_learned` go on from, and that `Engine.save_learned`
+            writes, `launch/generate.py` at its end; it need not be there yet. None: what they learn
+            ends with the run.
         layers: other methods for some layers.
 
     The methods are those of `LayerOptions`.
@@ -69,6 +72,7 @@ class PiKVConfig(LayerOptions):
     lean_experts: bool = True
     cuda_graphs: bool = False
     calibration: Path | None = None
+    learned: Path | None = None
     layers: tuple[LayerOverride, ...] = ()
 
     @model_validator(mode="before")
@@ -102,10 +106,11 @@ class PiKVConfig(LayerOptions):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "PiKVConfig":
-        """Read a YAML file.
+        """Read a YAML file. Relative paths in it begin at its own folder.
 
         Raises:
-            ValueError: the file is missing or no mapping, or a key is unknown or out of range.
+            ValueError: the file or its calibration is missing, it is no mapping, or a key is
+                unknown or out of range.
         """
         path = Path(path)
         try:
@@ -114,13 +119,39 @@ class PiKVConfig(LayerOptions):
             raise ValueError(f"{path}: cannot read the PiKV configuration: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a mapping of PiKVConfig fields")
+        if isinstance(values.get("calibration"), str):
+            values["calibration"] = _calibration_beside(path, values["calibration"])
+        if isinstance(values.get("learned"), str):
+            values["learned"] = _beside(path, values["learned"])
         try:
             return cls(**values)
         except ValidationError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def resolve(self, layers: Sequence[LayerShape]) -> tuple[LayerSpec, ...]:
+    def open_files(self) -> tuple[Calibrated | None, Calibrated | None]:
+        """What was calibrated, and what earlier runs learned, where there is such a file.
+
+        Raises:
+            ValueError: a file cannot be read, or the one that is to be learned cannot be written.
+        """
+        calibrated = learned = None
+        if self.calibration is not None:
+            calibrated = load_calibrated(self.calibration)
+        if self.learned is not None:
+            if self.learned.exists():
+                learned = load_calibrated(self.learned, "learned")
+            elif not self.learned.parent.is_dir():
+                raise ValueError(f"learned {self.learned}: there is no such folder: make it")
+        return calibrated, learned
+
+    def resolve(
+        self, layers: Sequence[LayerShape],
+        files: tuple[Calibrated | None, Calibrated | None] | None = None,
+    ) -> tuple[LayerSpec, ...]:
         """Every layer with its methods.
+
+        Args:
+            files: as `open_files` gives them, which is asked by default.
 
         Raises:
             ValueError: `layers` names one that the model does not have, or a method or the
@@ -133,16 +164,25 @@ class PiKVConfig(LayerOptions):
                     f"layers: match {override.match!r} names layer {beyond[0]}, and the model has "
                     f"{len(layers)}, counted from 0"
                 )
-        calibrated = {} if self.calibration is None else load_calibrated(self.calibration).layers
-        specs = tuple(
-            self._spec_of(number, layers, calibrated) for number in range(len(layers))
-        )
-        summed = []
-        for spec in specs:
-            if spec.sliding_window is None:
-                policy = spec.options.retention.build(spec.fitted)
-                summed += [spec] if policy is not None and policy.sums_layers else []
-        self._check_summed(summed)
+        files = files or self.open_files()
+        specs = tuple(self._spec_of(number, layers, *files) for number in range(len(layers)))
+        if self.learned and not any(spec.options.router.keeps_learned for spec in specs):
+            raise ValueError(
+                f"learned {self.learned}: no layer's router keeps what it learns: name router "
+                "reinforced, or leave learned out"
+            )
+        policies = {
+            spec.number: spec.options.retention.build(spec.fitted)
+            for spec in specs if spec.sliding_window is None
+        }
+        self._check_summed([
+            spec for spec in specs
+            if (policy := policies.get(spec.number)) and policy.sums_layers
+        ])
+        _check_across_layers([
+            spec.options for spec in specs
+            if policies.get(spec.number) and spec.options.budget.joins_layers
+        ])
         for spec in {spec.chosen: spec for spec in specs}.values():
             if spec.options.retention.needs_scores and spec.kv.values_in_keys:
                 raise ValueError(
@@ -161,8 +201,9 @@ class PiKVConfig(LayerOptions):
             spec.options.sketch.build(spec.kv, self.page_size, 0, needs_bounds)
             if (needs_bounds or spec.options.selector.samples) and self.replicas > 1:
                 raise ValueError(
-                    f"selector {spec.options.selector.name} counts what pages hold, and replicas "
-                    f"{self.replicas} stores it more than once: use replicas 1"
+                    f"selector {spec.options.selector.name} counts what pages hold, and with "
+                    f"replicas {self.replicas} several hold a token, of which one is read: use "
+                    "replicas 1"
                 )
             codec = spec.options.codec.build(spec.kv, self.page_size, 0)
             if spec.options.codec.transform.is_by_expert and (
@@ -181,7 +222,8 @@ class PiKVConfig(LayerOptions):
                     "sketch keys judges keys as RoPE turned them, of one basis a sequence: leave "
                     "out codec.keys before_rope and per_expert, or name another sketch"
                 )
-            if spec.options.retention.merges:
+            policy = policies.get(spec.number)
+            if policy and policy.ageing:
                 _check_merged(spec.options, codec, self)
             is_pooled = codec.pooled > 1 or codec.ageing is not None
             if is_pooled and needs_bounds and not isinstance(spec.options.sketch, KeysOptions):
@@ -189,6 +231,8 @@ class PiKVConfig(LayerOptions):
                     f"codec.transform {spec.options.codec.transform.name} pools tokens that sketch "
                     f"{spec.options.sketch.name} bounds one by one: use sketch keys"
                 )
+            if spec.options.retention.tiers is not None:
+                _check_tiered(spec.options, codec)
             if self.cuda_graphs:
                 _check_recordable(spec.options)
             if is_pooled and self.replicas > 1:
@@ -213,30 +257,32 @@ class PiKVConfig(LayerOptions):
                 f"retention {name} sums over layers, and codec.transform pools pages of each by "
                 "itself: leave young out"
             )
-        budgets = {spec.options.budget for spec in specs}
-        if len(budgets) > 1 or isinstance(budgets.pop(), BytesBudget):
+        budget, *others = {spec.options.budget for spec in specs}
+        if others or isinstance(budget, BytesBudget) or budget.joins_layers:
             raise ValueError(
                 f"retention {name} keeps the same pages in all layers: give them one budget, share "
-                "or pages"
+                "or pages, without across_layers"
             )
 
     def _spec_of(
-        self, number: int, layers: Sequence[LayerShape], calibrated: Layers
+        self, number: int, layers: Sequence[LayerShape], calibrated: Calibrated | None,
+        learned: Calibrated | None,
     ) -> LayerSpec:
         shape = layers[number]
         spec = LayerSpec(number + 1, *shape, self._options_of(number, layers))
+        if learned is not None and number in learned.layers:
+            spec = spec._replace(learned=learned.layers[number].to(shape.kv.device))
         # A layer with a sliding window has no pages, and needs no calibration.
-        if self.calibration is None or shape.sliding_window is not None:
+        if calibrated is None or shape.sliding_window is not None:
             return spec
-        fitted = calibrated.get(number, {})
-        moments = (read_moments(self.calibration, number, fitted, shape.kv),)
+        fitted = calibrated.layers.get(number, {})
+        moments = (read_moments(calibrated.path, number, fitted, shape.kv),)
         if spec.options.codec.transform.is_by_expert:
             moments = read_shard_moments(
-                self.calibration, number, fitted, *moments, self.expert_shards
+                calibrated.path, number, fitted, *moments, self.expert_shards
             )
-        fitted = {name: part for name, part in fitted.items() if not name.startswith(EXPERTS)}
         if shape.kv.device.type != "meta":  # a planner asks what was fitted, and computes nothing
-            fitted = {name: part.to(shape.kv.device) for name, part in fitted.items()}
+            fitted = fitted.to(shape.kv.device)
         return spec._replace(moments=moments, fitted=fitted)
 
     def _options_of(self, layer: int, layers: Sequence[LayerShape]) -> LayerOptions:
@@ -248,6 +294,32 @@ class PiKVConfig(LayerOptions):
         num_paged = sum(shape.sliding_window is None for shape in layers)
         budget = options.budget.for_layer(layer, len(layers), num_paged)
         return options.model_copy(update={"budget": budget})
+
+
+def _beside(path: Path, named: str) -> Path:
+    """What a configuration at `path` names."""
+    return Path(os.path.normpath(path.parent / named))
+
+
+def _calibration_beside(path: Path, calibration: str) -> Path:
+    found = _beside(path, calibration)
+    if not found.is_file():
+        raise ValueError(
+            f"{path}: calibration {calibration}: there is no file {found}; a relative path begins "
+            f"at the folder of {path.name}"
+        )
+    return found
+
+
+def _check_across_layers(layers: Sequence[LayerOptions]) -> None:
+    """Layers whose pages compete judge them alike."""
+    policies = {options.retention.name: options.retention for options in layers}
+    if len({options.retention for options in layers}) > 1:
+        raise ValueError(
+            "budget.across_layers compares what pages of layers are worth, and retention is not "
+            f"the same in all that have it ({', '.join(sorted(policies))}): give them one policy, "
+            "or the others a budget without it, under `layers`"
+        )
 
 
 def _check_merged(options: LayerOptions, codec: PageCodec, config: PiKVConfig) -> None:
@@ -272,12 +344,35 @@ def _check_merged(options: LayerOptions, codec: PageCodec, config: PiKVConfig) -
         )
 
 
+def _check_tiered(options: LayerOptions, codec: PageCodec) -> None:
+    """Whether pages may be moved as they were sealed, and read only where a selector says so."""
+    others = {
+        f"codec.transform {options.codec.transform.name} merges older pages":
+            codec.ageing is not None,
+        f"codec.format {options.codec.format.name} packs older pages anew": codec.older is not None,
+        "sketch keys reads the keys of all pages in every step":
+            isinstance(options.sketch, KeysOptions),
+        "budget.across_layers shares out what stays": options.budget.joins_layers,
+    }
+    found = next((said for said, is_so in others.items() if is_so), None)
+    if found is not None:
+        raise ValueError(
+            f"retention {options.retention.name} moves pages between tiers as they were sealed, and "
+            f"{found}: leave one of them out, or name another sketch"
+        )
+
+
 def _check_recordable(options: LayerOptions) -> None:
     """Whether a decode step does on the device alone what it does."""
     if options.router.name != "all":
         raise ValueError(
             f"cuda_graphs: router {options.router.name} sends each step's queries to other ranks; "
             "set cuda_graphs to false, or router to all"
+        )
+    if options.retention.tiers is not None:
+        raise ValueError(
+            f"cuda_graphs: retention {options.retention.name} brings pages to the device by what a "
+            "step reads; set cuda_graphs to false, or choose a policy that keeps pages there"
         )
     if options.retention.needs_mass:
         raise ValueError(

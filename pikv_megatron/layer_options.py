@@ -78,12 +78,14 @@ class LayerOptions(BaseModel):
         return LowRankOptions() if is_needed else NoSketchOptions()
 
     def _check_promise(self) -> None:
-        """Of a selector that says what is not read matters at most."""
+        """Of a selector that says what is not read matters at most: it chooses shards itself, but
+        for token buffers, of which nothing is known at home."""
         name = f"selector {self.selector.name}"
         if not isinstance(self.router, AllShardsOptions):
             raise ValueError(
                 f"{name} answers for what is not read, and router {self.router.name} skips token "
-                "buffers that nobody judges: leave router out"
+                "buffers, of which no bound is known: leave router out; shards without a page that "
+                "matters cost a buffer each"
             )
         if self.selector.samples and self.retention.needs_mass:
             raise ValueError(

@@ -43,6 +43,7 @@ class LayerSpec(NamedTuple):
         moments: of its keys and values, where they were calibrated: of all its tokens, or of those
             of each expert shard where its codec has bases of experts.
         fitted: all that was calibrated of it, by name (`calibrated.py`); None: nothing was.
+        learned: what earlier runs learned of it, likewise, the calibration included.
     """
 
     number: int
@@ -54,6 +55,7 @@ class LayerSpec(NamedTuple):
     options: LayerOptions
     moments: tuple[KVMoments, ...] | None = None
     fitted: Mapping[str, Tensor] | None = None
+    learned: Mapping[str, Tensor] | None = None
 
     @property
     def chosen(self) -> tuple[Any, ...]:

@@ -92,6 +92,13 @@ class Ask:
         """[n, N], float32: pages of each shard."""
         return self._by_shard(self.is_page.float())
 
+    def newest_shard(self) -> torch.Tensor | None:
+        """[n], int64: the shard that holds the newest page, any without one; None: unknown."""
+        if self.directory is None or self.directory.newest is None or not self.is_page.shape[1]:
+            return None
+        newest = self.newest.masked_fill(~self.is_page, -1).argmax(dim=1, keepdim=True)
+        return self.directory.shard.flatten(1).gather(1, newest).squeeze(1)
+
     def is_left(self, columns: torch.Tensor) -> torch.Tensor:
         """[n, M], bool: the pages that are not among columns [n, k], -1 for none."""
         is_read = torch.zeros_like(self.is_page, dtype=torch.int64)

@@ -6,6 +6,9 @@ unless a linear codec is absorbed into the query and the output), G ranks of the
 group.
 """
 
+import math
+from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -262,8 +265,8 @@ class Directory(NamedTuple):
         is_page: [n, G, m], bool, False marks padding.
         shard: [n, G, m], int64, the shard of each page; any for padding.
         num_shards: N.
-        newest: [n, G, m], int64, position of a page's newest token, any for padding; None where no
-            page is drawn by lot.
+        newest: [n, G, m], int64, position of a page's newest token, any for padding; None where
+            neither selector nor router asks.
     """
 
     table: Tensor
@@ -283,12 +286,15 @@ class Reads(NamedTuple):
         drawn: [n, G, k'], int64, like `columns`, further pages, which stand for others; None: no
             page does.
         log_weight: [n], float32, log of how often each drawn page counts; None where none is drawn.
+        ahead: [n, G, k''], int64, like `columns`, pages that the next step may read; None: nothing
+            is fetched ahead.
     """
 
     shards: Tensor | None = None
     columns: Tensor | None = None
     drawn: Tensor | None = None
     log_weight: Tensor | None = None
+    ahead: Tensor | None = None
 
 
 class PageStats(NamedTuple):
@@ -326,6 +332,58 @@ class PageStats(NamedTuple):
     def own_shard(self) -> Tensor:
         """`shard`, 0 for padding."""
         return self.shard.masked_fill(~self.is_page, 0)
+
+
+class TierPlan(NamedTuple):
+    """Where the pages of a rank lie that are not on the device.
+
+    Attributes:
+        host: share of all pages that lie in the host's memory, at most; the others lie in a file.
+        directory: of the file; None: the system's for such files.
+        ahead: pages of a sequence that are fetched before they are asked for.
+    """
+
+    host: float
+    directory: Path | None
+    ahead: int
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether memory may have no room for some pages."""
+        return self.host < 1
+
+    def rows(self, num_pages: int, num_here: int) -> tuple[int, int]:
+        """Of so many pages, of which some are on the device, room for how many there is in host
+        memory and in the file.
+
+        What comes back from the file leaves its record there, so it has room for more than lie in
+        it alone.
+
+        Example:
+            Half in host memory: of 8 pages, 2 of them on the device, 4, and room for 4.
+        """
+        in_host = min(math.ceil(self.host * num_pages), num_pages - num_here)
+        return in_host, 0 if num_here + in_host == num_pages else num_pages - in_host
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Pages that came back to the device.
+
+    Attributes:
+        from_host: out of host memory.
+        from_file: out of a file, when they were asked for.
+        ahead: out of a file, before they were.
+        seconds: that were waited for all of them, and for others to make room.
+    """
+
+    from_host: int = 0
+    from_file: int = 0
+    ahead: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Recalled") -> "Recalled":
+        return Recalled(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
 class Ageing(NamedTuple):

@@ -85,6 +85,19 @@ def test_keys_override_those_of_the_preset(tmp_path):
     assert (config.window, config.selector.name, config.page_size) == (32, "mass", 64)
 
 
+def test_a_calibration_is_looked_for_beside_its_configuration(tmp_path):
+    path = tmp_path / "caches" / "own.yaml"
+    path.parent.mkdir()
+    path.write_text("calibration: ../fitted.safetensors\n")
+    with pytest.raises(ValueError, match=r"own.yaml: calibration ../fitted.*: there is no file "):
+        PiKVConfig.from_file(path)
+    calibration = tmp_path / "fitted.safetensors"
+    calibration.touch()
+    assert PiKVConfig.from_file(path).calibration == calibration
+    path.write_text(f"calibration: {calibration}\n")
+    assert PiKVConfig.from_file(path).calibration == calibration
+
+
 @pytest.mark.parametrize("path", preset_files().values(), ids=lambda path: path.stem)
 def test_a_preset_is_the_file_of_its_name(path):
     assert PiKVConfig(preset=path.stem) == PiKVConfig.from_file(path)
@@ -110,7 +123,7 @@ def test_layers_can_have_methods_of_their_own():
     ({"router": {"name": "top_k", "source": "moe"}}, "source moe visits the shards of experts"),
     ({"layers": [{"match": "0", "sketch": "none"}], "selector": "mass"}, "needs a sketch"),
     ({"sketch": {"name": "low_rank", "rank": 99}}, "sketch.rank 99 exceeds the width of a key"),
-    ({"selector": "certified", "replicas": 2, "expert_shards": 2}, "replicas 2 stores it more"),
+    ({"selector": "certified", "replicas": 2, "expert_shards": 2}, "with replicas 2 several hold"),
     ({"selector": "certified", "sketch": "bounding_box", "codec": {"transform": "pyramidkv"}},
      "transform pyramidkv pools tokens that sketch bounding_box bounds"),
     ({"codec": {"format": "int4"}, "page_size": 3}, "page_size 3 must be a multiple of 2"),

@@ -48,11 +48,11 @@ void attend_row(const Call& call, int64_t sequence, int64_t kv_head) {
     const int64_t size = std::min(kBlock, count - first);
     for (int64_t c = 0; c < size; ++c) {
       const int64_t page = call.table[sequence * call.table_stride + tail[first + c]];
-      copy_row(call.mean.data, call.mean.place(kv_head, page), call.type, call.width,
+      copy_row(call.type, call.mean.row_of(kv_head, page, call.type), call.width,
                values.data() + c * call.width);
     }
-    add_weighted(weights.data() + first, count, g, values.data(), call.width, nullptr, size,
-                 call.width, out);
+    add_weighted(weights.data() + first, count, g, plain_rows(values.data(), call.width), nullptr,
+                 size, call.width, out, call.width);
   }
 }
 

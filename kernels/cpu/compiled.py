@@ -98,7 +98,7 @@ def _fingerprint(compiler: list[str]) -> str:
     version = subprocess.run(
         [*compiler, "--version"], check=True, capture_output=True, timeout=BUILD_TIMEOUT
     ).stdout
-    digest = hashlib.sha256(version + " ".join(FLAGS).encode() + _processor())
+    digest = hashlib.sha256(version + " ".join([*compiler, *FLAGS]).encode() + _processor())
     for path in (*SOURCES, *HEADERS):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -2,13 +2,14 @@
 //
 // Flash-Decoding (Dao et al., 2023): the pages of each sequence are dealt to threads by their
 // tokens, each with an online softmax over its part; parts are merged by their log-sum-exps. Pages
-// are read where they lie, and packed ones are unpacked one at a time, into the first-level cache.
+// are read where they lie: codes become numbers in registers, and scales go to the queries and the
+// weights. Keys that are turned, or that are values as well, are unpacked a page at a time.
 //
 // Legend: n sequences, sq query tokens, np query heads, ng KV heads, g = np / ng, rows = sq * g of
 // a KV head, m pages listed for a sequence, S tokens a page, r_k and r_v stored widths.
 #include <algorithm>
 
-#include "pages.h"
+#include "turn.h"
 
 namespace pikv {
 namespace {
@@ -97,13 +98,20 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
   }
   scratch.logits.resize(rows * pages.page_size);
   float* logits = scratch.logits.data();
-  const float* keys = pages.keys.read_keys(kv_head, page, tokens, scratch.page);
-  if (list.turn.position) {
-    keys = list.turn.apply(keys, sequence, column, tokens, pages.page_size, call.key_width,
-                           scratch.turned);
+  const float* keys = nullptr;
+  if (list.turn.position || !has_values) {
+    pages.keys.expand_keys(kv_head, page, tokens, scratch.page);
+    keys = scratch.page.data();
+    if (list.turn.position) {
+      keys = list.turn.apply(keys, sequence, column, tokens, pages.page_size, call.key_width,
+                             scratch.turned);
+    }
+    dot(scratch.query.data(), rows, plain_rows(keys, call.key_width), 0, tokens, call.key_width,
+        logits, tokens, next_keys);
+  } else {
+    pages.keys.dot_keys(scratch.query.data(), rows, kv_head, page, tokens, scratch.page, logits,
+                        next_keys);
   }
-  dot(scratch.query.data(), rows, keys, tokens, call.key_width, logits, tokens,
-      next_keys);
   const float multiplicity = pages.log_multiplicity ? pages.log_multiplicity[page] : 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
     float* x = logits + i * tokens;
@@ -124,11 +132,13 @@ void attend_page(const Call& call, const List& list, int64_t sequence, int64_t k
     part.total[i] += mass;
     if (list.mass) list.mass[place * list.columns + column] = top + std::log(mass);
   }
-  const float* values =
-      has_values ? pages.values.read_values(kv_head, page, tokens, scratch.page) : keys;
-  const int64_t stride = has_values ? call.value_width : call.key_width;
-  add_weighted(logits, tokens, rows, values, stride, shown, tokens, call.value_width, part.sum,
-               next_values);
+  if (has_values) {
+    pages.values.add_values(logits, rows, kv_head, page, shown, tokens, scratch.page, part.sum,
+                            next_values);
+  } else {
+    add_weighted(logits, tokens, rows, plain_rows(keys, call.key_width), shown, tokens,
+                 call.value_width, part.sum, call.value_width);
+  }
 }
 
 void attend_span(const Call& call, Span span, int64_t kv_head, Part part) {

@@ -36,26 +36,35 @@ def page_fields(pages: Any) -> list[int]:
     noted = vars(pages)
     if "fields" not in noted:
         size = pages.page_size
-        keys = _side_fields(pages.keys, pages.key_scale, pages.key_zero, size, 2)
+        keys = side_fields(
+            pages.keys, pages.key_scale, pages.key_zero, size, _length(pages.key_scale, 2)
+        )
         if pages.values is None:
             values = NO_SIDE
         else:
-            values = _side_fields(pages.values, pages.value_scale, pages.value_zero, size, 3)
+            values = side_fields(
+                pages.values, pages.value_scale, pages.value_zero, size,
+                _length(pages.value_scale, 3),
+            )
         noted["fields"] = keys + values + [address(pages.log_multiplicity)]
     return noted["fields"]
 
 
-def _side_fields(
+def side_fields(
     numbers: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, page_size: int,
-    dim: int,
+    num_scales: int,
 ) -> list[int]:
-    """Of keys or values; `dim` of the scales counts those of a channel, or of a token."""
+    """Of keys or values; `num_scales` of a channel, or of a token."""
     kind = numbers.dtype
     is_bytes = kind == torch.uint8
     fields = [
         BYTE_TYPES[8 * numbers.shape[2] // page_size] if is_bytes else TYPES[kind],
-        page_size, numbers.shape[3], 1 if scale is None else scale.shape[dim],
+        page_size, numbers.shape[3], num_scales,
     ]
     for pool in (numbers, scale, zero):
         fields += pool_fields(pool)
     return fields
+
+
+def _length(scale: torch.Tensor | None, dim: int) -> int:
+    return 1 if scale is None else scale.shape[dim]

@@ -17,7 +17,7 @@ constexpr float kRounding = 1.0f / 65536.0f;
 enum Kind : int64_t { kMean, kBox, kLowRank };
 
 struct Call {
-  int64_t n, heads, groups, width, columns, kind, type, page_size, rows;
+  int64_t n, heads, groups, width, columns, kind, type;
   bool is_mass, is_bound;
   const float* query;     // [n, np, w]
   const float* residual;  // [n, np], of the queries, or null
@@ -25,7 +25,9 @@ struct Call {
   int64_t table_stride;
   const int32_t* lens;
   int64_t lens_stride;
-  Pool first, second, zero, norm;  // means, or low and high ends, or codes and scales
+  Pool first, second;              // means, or low and high ends
+  Side codes;                      // of low-rank sketches
+  Pool norm;                       // of what their directions leave, [ng, p]
   float* logit;                    // [n, np, m]
   float* score;                    // [n, m]
   int64_t num_chosen;              // k
@@ -43,8 +45,8 @@ struct Scratch {
 void gather(const Call& call, const Pool& pool, int64_t kv_head, const int64_t* pages,
             int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t place = pool.place(kv_head, pages[i]);
-    copy_row(pool.data, place, call.type, call.width, out + i * call.width);
+    const void* row = pool.row_of(kv_head, pages[i], call.type);
+    copy_row(call.type, row, call.width, out + i * call.width);
   }
 }
 
@@ -53,9 +55,10 @@ void whole_page_logits(const Call& call, int64_t kv_head, const int64_t* pages, 
                        Scratch& s, float* out) {
   const int64_t g = call.group(), size = g * call.width;
   s.rows.resize(count * call.width);
+  const Rows<kFloat32> rows = plain_rows(s.rows.data(), call.width);
   if (call.kind == kMean) {
     gather(call, call.first, kv_head, pages, count, s.rows.data());
-    dot(s.query.data(), g, s.rows.data(), count, call.width, out, count);
+    dot(s.query.data(), g, rows, 0, count, call.width, out, count);
     return;
   }
   s.query.resize(2 * size);
@@ -63,59 +66,39 @@ void whole_page_logits(const Call& call, int64_t kv_head, const int64_t* pages, 
   float *query = s.query.data(), *part = query + size;
   for (int64_t j = 0; j < size; ++j) part[j] = std::min(query[j], 0.0f);
   gather(call, call.first, kv_head, pages, count, s.rows.data());
-  dot(part, g, s.rows.data(), count, call.width, out, count);
+  dot(part, g, rows, 0, count, call.width, out, count);
   for (int64_t j = 0; j < size; ++j) part[j] = std::max(query[j], 0.0f);
   gather(call, call.second, kv_head, pages, count, s.rows.data());
-  dot(part, g, s.rows.data(), count, call.width, s.logits.data(), count);
+  dot(part, g, rows, 0, count, call.width, s.logits.data(), count);
   for (int64_t i = 0; i < g * count; ++i) out[i] += s.logits[i];
 }
 
 // By how much a token's logit can be above its sketch's, in units of the scaled query.
-float margin(const Call& call, const float* query, const float* scale, const float* zero,
-             float query_norm, float norm) {
-  float total = 0.0f;
+float margin(const Call& call, int64_t kv_head, int64_t page, const float* query,
+             float query_norm, Scratch& s) {
+  s.rows.resize(2 * call.width);
+  float *scale = s.rows.data(), *zero = scale + call.width, total = 0.0f;
+  call.codes.read_key_scales(kv_head, page, 0, scale, zero);
   for (int64_t j = 0; j < call.width; ++j) {
     const float off = scale[j] * 0.5f + (std::fabs(zero[j]) + scale[j] * 255.0f) * kRounding;
     total += std::fabs(query[j]) * off;
   }
   const float known = query_norm * call.softmax_scale;
-  return known > 0.0f ? total + known * norm : total;
+  return known > 0.0f ? total + known * *call.norm.page_of<float>(kv_head, page) : total;
 }
 
 // Every token's logit from its codes, reduced over the page: [g], `stride` apart.
 void token_logits(const Call& call, int64_t kv_head, int64_t page, int64_t tokens,
                   const float* query_norms, Scratch& s, float* out, int64_t stride) {
   const int64_t width = call.width, g = call.group();
-  s.rows.resize((call.page_size + 2) * width);
   s.logits.resize(g * tokens);
-  float *scale = s.rows.data(), *zero = scale + width, *numbers = zero + width;
-  const uint16_t* scales = call.second.page_of<uint16_t>(kv_head, page);
-  const uint16_t* zeros = call.zero.page_of<uint16_t>(kv_head, page);
-  for (int64_t j = 0; j < width; ++j) scale[j] = from_half(scales[j]);
-  for (int64_t j = 0; j < width; ++j) zero[j] = from_half(zeros[j]);
-  const uint8_t* codes = call.first.page_of<uint8_t>(kv_head, page);
-  for (int64_t t = 0; t < tokens; ++t) {
-    const uint8_t* row = codes + t % call.rows * call.first.row_stride;
-    const int64_t plane = t / call.rows;
-    float* to = numbers + t * width;
-    if (call.type == kBits4) {
-      for (int64_t j = 0; j < width; ++j) {
-        to[j] = code_of<4>(row[j], 4 * plane) * scale[j] + zero[j];
-      }
-    } else {
-      for (int64_t j = 0; j < width; ++j) {
-        to[j] = code_of<2>(row[j], 2 * plane) * scale[j] + zero[j];
-      }
-    }
-  }
-  dot(s.query.data(), g, numbers, tokens, width, s.logits.data(), tokens);
+  call.codes.dot_keys(s.query.data(), g, kv_head, page, tokens, s.rows, s.logits.data(), {});
   for (int64_t i = 0; i < g; ++i) {
     float* x = s.logits.data() + i * tokens;
     const float best = largest(x, tokens);
     float logit = call.is_mass ? best + std::log(exp_row(x, tokens, best)) : best;
     if (call.is_bound) {
-      logit += margin(call, s.query.data() + i * width, scale, zero, query_norms[i],
-                      *call.norm.page_of<float>(kv_head, page));
+      logit += margin(call, kv_head, page, s.query.data() + i * width, query_norms[i], s);
     }
     out[i * stride] = logit;
   }
@@ -219,16 +202,15 @@ extern "C" void pikv_score_pages(const int64_t* fields, float softmax_scale, int
   pikv::Fields f{fields};
   pikv::Call call;
   for (int64_t* x : {&call.n, &call.heads, &call.groups, &call.width, &call.columns, &call.kind,
-                     &call.type, &call.page_size, &call.rows}) {
+                     &call.type}) {
     *x = f.number();
   }
   call.is_mass = f.number(), call.is_bound = f.number();
   call.query = f.pointer<const float>(), call.residual = f.pointer<const float>();
   call.table = f.pointer<const int64_t>(), call.table_stride = f.number();
   call.lens = f.pointer<const int32_t>(), call.lens_stride = f.number();
-  for (pikv::Pool* pool : {&call.first, &call.second, &call.zero, &call.norm}) {
-    *pool = pikv::Pool::read(f);
-  }
+  call.first = pikv::Pool::read(f), call.second = pikv::Pool::read(f);
+  call.codes = pikv::Side::read(f), call.norm = pikv::Pool::read(f);
   call.logit = f.pointer<float>(), call.score = f.pointer<float>();
   call.num_chosen = f.number(), call.chosen = f.pointer<int64_t>();
   call.softmax_scale = softmax_scale;

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from pikv_kernels.cpu.fields import BYTE_TYPES, TYPES, address, pool_fields, row_fields
+from pikv_kernels.cpu.fields import NO_SIDE, TYPES, address, pool_fields, row_fields, side_fields
 from pikv_kernels.cpu.compiled import call
 
 MEAN, BOX, LOW_RANK = range(3)
@@ -29,25 +29,26 @@ def score_pages(
     residual = None if query_residual is None else query_residual.float().contiguous()
     logit, score = torch.empty(n, num_heads, table.shape[1]), torch.empty(table.shape)
     chosen = torch.empty(n, k, dtype=torch.int64)
-    kind, type_code, page_size, stored_rows, pools = _sketch_fields(sketch)
     fields = [
-        n, num_heads, sketch[0].shape[0], width, table.shape[1], kind, type_code, page_size,
-        stored_rows, statistic == "mass", bound, rows.data_ptr(), address(residual),
-        *row_fields(table), *row_fields(lens),
+        n, num_heads, sketch[0].shape[0], width, table.shape[1], *_kind_and_type(sketch),
+        statistic == "mass", bound, rows.data_ptr(), address(residual),
+        *row_fields(table), *row_fields(lens), *_sketch_fields(sketch),
+        logit.data_ptr(), score.data_ptr(), k, chosen.data_ptr(),
     ]
-    for pool in pools:
-        fields += pool_fields(pool)
-    fields += [logit.data_ptr(), score.data_ptr(), k, chosen.data_ptr()]
     call("score_pages", fields, softmax_scale)
     return logit, score, chosen
 
 
-def _sketch_fields(sketch: Any) -> tuple[int, int, int, int, list[torch.Tensor | None]]:
-    if hasattr(sketch, "mean"):
-        return MEAN, TYPES[sketch.mean.dtype], 1, 1, [sketch.mean, None, None, None]
-    if hasattr(sketch, "low"):
-        return BOX, TYPES[sketch.low.dtype], 1, 1, [sketch.low, sketch.high, None, None]
-    stored_rows = sketch.codes.shape[2]
-    type_code = BYTE_TYPES[8 * stored_rows // sketch.page_size]
-    pools = [sketch.codes, sketch.scale, sketch.zero, sketch.residual]
-    return LOW_RANK, type_code, sketch.page_size, stored_rows, pools
+def _kind_and_type(sketch: Any) -> tuple[int, int]:
+    if hasattr(sketch, "codes"):
+        return LOW_RANK, 0
+    return MEAN if hasattr(sketch, "mean") else BOX, TYPES[sketch[0].dtype]
+
+
+def _sketch_fields(sketch: Any) -> list[int]:
+    """Means or boxes, codes, and norms: a sketch has the first, or the others."""
+    if not hasattr(sketch, "codes"):
+        first, second = sketch if len(sketch) == 2 else (*sketch, None)
+        return [*pool_fields(first), *pool_fields(second), *NO_SIDE, *pool_fields(None)]
+    codes = side_fields(sketch.codes, sketch.scale, sketch.zero, sketch.page_size, 1)
+    return [*pool_fields(None), *pool_fields(None), *codes, *pool_fields(sketch.residual)]

@@ -90,15 +90,17 @@ class PageDirectory:
             self._mean_value = torch.zeros(
                 kv.num_groups, 1, kv.value_width, dtype=kv.dtype, device=device
             )
-        draws = spec.options.selector.samples
-        metadata = {"position": torch.int64} if draws else {}
+        keeps_newest = spec.options.selector.samples or spec.options.router.needs_newest
+        metadata = {"position": torch.int64} if keeps_newest else {}
         self._buffers = TokenBuffers(self._ledger, self._remembered(), metadata, kv.dtype, device)
         self.table = PageTable(rows, max_pages, device)
         self._free = FreeList(device)
         # The last entry takes writes that are to be lost.
         self.sketch = NothingKept() if self.asks_owners else self._sketcher.allocate(1)
         self.shard = torch.zeros(1, dtype=torch.int64, device=device)
-        self._newest = torch.zeros(1, dtype=torch.int64, device=device) if draws else None
+        self._newest = None
+        if keeps_newest:
+            self._newest = torch.zeros(1, dtype=torch.int64, device=device)
         # What is listed changes with a flush only.
         self._views: dict[tuple, Listed] = {}
 

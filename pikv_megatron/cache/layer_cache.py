@@ -10,31 +10,30 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pikv_megatron.cache.decode_part import DecodePart
+from pikv_megatron.cache.delivery import Delivery
 from pikv_megatron.cache.directory import PageDirectory
 from pikv_megatron.cache.head_maps import GROUPED, HeadMaps
 from pikv_megatron.cache.leaving import leaving_tokens
 from pikv_megatron.cache.owner_judge import OwnerJudge
-from pikv_megatron.cache.owner_reads import OwnerReads
 from pikv_megatron.cache.partial_states import (
-    merge_into,
     merge_parts,
     pack_state,
     shard_masses,
     unpack_states,
 )
 from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.prompt_attention import PromptAttention
 from pikv_megatron.cache.query_header import HeaderLayout
 from pikv_megatron.cache.shard_store import ShardStore
 from pikv_megatron.cache.step_choice import StepChoice, choose
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.stream_window import StreamWindow
 from pikv_megatron.cache.tokens import TokenBlock
+from pikv_megatron.cache.verdicts import Verdicts
 from pikv_megatron.layer_spec import LayerSpec
-from pikv_megatron.ops.causal_attention import causal_attention
 from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.sink_logit import with_sink
-from pikv_megatron.parallel.dispatcher import FLUSH_OP, KVDispatcher
-from pikv_megatron.parallel.packet import pack_bits, unpack_bits
+from pikv_megatron.parallel.dispatcher import KVDispatcher
 from pikv_megatron.relevance import Ask
 from pikv_megatron.retention.prompt import Prompt
 from pikv_megatron.types import AttentionState, PageList, Reads
@@ -58,8 +57,7 @@ class LayerCache:
         on_attend: told of every step's query, key and value, as they are cached; None: nobody asks.
         on_leave: told of the tokens that leave the window, as computed; None: nobody asks.
         gate: says by experts what shards are worth; None: it is not calibrated.
-        peers: layers, in order, that keep the same pages, this one among them; none: it keeps its
-            own.
+        verdicts: say which pages go.
     """
 
     def __init__(
@@ -74,15 +72,20 @@ class LayerCache:
         self.router = spec.options.router.build(
             num_slots, placement.num_shards, spec.kv.device
         )
+        if self.router is not None and self.router.visits is not None:
+            self.router.visits.recall(spec.learned or spec.fitted or {})
         self.gate = spec.options.router.gate(spec.fitted)
         self.selector = spec.options.selector.build()
-        self.peers: "list[LayerCache]" = []
+        self.verdicts = Verdicts(store.keeper, directory, dispatcher)
         self._dispatcher = dispatcher
         self._placement = placement
         self.on_attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.on_leave: Callable[[TokenBlock], None] | None = None
         self.on_bound: Callable[[torch.Tensor], None] | None = None
-        self._wire = spec.options.codec.wire(spec.kv)
+        self._prompt_attention = PromptAttention(spec, window, store, dispatcher)
+        self._delivery = Delivery(
+            store, directory, dispatcher, placement, spec.options.codec.wire(spec.kv)
+        )
         self._chunk: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._maps = GROUPED
         self._prompts: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -125,7 +128,7 @@ class LayerCache:
             parts.append(with_sink(self._attend_decode(decoding, plan), sink).squeeze(1))
         if plan.prefill.is_anywhere:
             own = (None if x is None else x[first:] for x in (query, key, value))
-            state = self._attend_prefill(*own, plan)
+            state = self._prompt_attention.attend(*own, plan.prefill, maps)
             self._prompts = query[first:], state.lse
             parts.append(with_sink(state, sink))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -248,6 +251,8 @@ class LayerCache:
         if self.directory is not None:
             parts |= self.directory.parts()
         parts["routing"] = [] if self.router is None else self.router.tensors()
+        if self.router is not None and self.router.visits is not None:
+            parts["routing"] += self.router.visits.tensors()
         if self._last_lse is not None:
             parts["statistics"].append(self._last_lse)
         return parts
@@ -308,7 +313,8 @@ class LayerCache:
             judge = self.directory.judge(absorbed[:, 0], slots, listed)
         near_lse = None if near is None else near.lse[:, 0]
         ask = Ask(*who, listed.directory, judge, near_lse, self.spec.number, shares)
-        return choose(self.router, self.selector, ask)
+        tiers = self.spec.options.retention.tiers
+        return choose(self.router, self.selector, ask, 0 if tiers is None else tiers.ahead)
 
     def _attend_here(
         self, query: torch.Tensor, window: PageList, choice: StepChoice, part: DecodePart
@@ -318,12 +324,13 @@ class LayerCache:
         columns, rank = choice.reads.columns, self._placement.rank
         reads = part.own_reads
         if choice.ask is not None:
-            drawn = choice.reads.drawn
+            drawn, ahead = choice.reads.drawn, choice.reads.ahead
             reads = reads._replace(
                 visited=choice.reads.shards,
                 columns=None if columns is None else columns[:, rank],
                 drawn=None if drawn is None else drawn[:, rank],
                 log_weight=choice.reads.log_weight,
+                ahead=None if ahead is None else ahead[:, rank],
             )
         # What was held may be of a step in which queries travelled.
         slots = part.numbers.window_slots
@@ -351,6 +358,7 @@ class LayerCache:
             0 if reads.columns is None else reads.columns.shape[2],
             0 if self._last_lse is None else self.spec.num_heads,
             0 if reads.drawn is None else reads.drawn.shape[2],
+            0 if reads.ahead is None else reads.ahead.shape[2],
         )
         slots = part.numbers.window_slots
         last_lse = None if self._last_lse is None else self._last_lse[slots]
@@ -388,126 +396,21 @@ class LayerCache:
             return None
         return reads.shards.unflatten(1, (-1, self._placement.num_ranks)).any(dim=1)
 
-    def _attend_prefill(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, plan: StepPlan
-    ) -> AttentionState:
-        """Prompts attend to themselves and to all that is kept of their past: [t', np, w_o]."""
-        part = plan.prefill
-        own_keys, own_values = self._maps.expand(key, value)
-        state = causal_attention(query, own_keys, own_values, part.lens, self.spec.softmax_scale)
-        for index, row in enumerate(part.rows):
-            if row.past:
-                window = [self._window_list(part.window_reads(index))]
-                own = self._maps.absorb(query[row.tokens].unsqueeze(0))
-                if row.reads and not row.is_far:
-                    near = self.store.attend(own, row.reads, window)
-                else:
-                    near, _ = decode_attention(own, window, self.spec.softmax_scale)
-                merge_into(state, row.tokens, self._maps.emit(near))
-        if part.reads_far:
-            self._attend_far(query, state, plan)
-        return state
-
-    def _attend_far(self, query: torch.Tensor, state: AttentionState, plan: StepPlan) -> None:
-        """Merge into a state what owners have of the prompts' past."""
-        by_rank = plan.prefill.rows_by_rank
-        counts = [sum(_length(row.tokens) for row in rows if row.is_far) for rows in by_rank]
-        own = [row.tokens for row in plan.prefill.rows if row.is_far]
-        posted = self._maps.sent(torch.cat([query[:0], *(query[tokens] for tokens in own)]))
-        route = self._dispatcher.post(posted, None, counts)
-        arrived, _ = self._dispatcher.wait(route, posted, None)
-        rows = [row for rows in by_rank for row in rows if row.is_far]
-        arrived = self._maps.arrived(arrived)
-        owned = [
-            self.store.attend(part.unsqueeze(0), row.reads, [])
-            for row, part in zip(rows, arrived.split([_length(row.tokens) for row in rows]))
-        ]
-        owned = [self._maps.returned(part) for part in owned]
-        packed = torch.cat([pack_state(part)[0] for part in owned])
-        parts = unpack_states(self._dispatcher.give_back(route, packed), owned[0].out)
-        far = self._maps.merged(merge_parts(parts))
-        lens = [_length(tokens) for tokens in own]
-        for tokens, *part in zip(own, far.out.split(lens), far.lse.split(lens)):
-            merge_into(state, tokens, AttentionState(*(x.unsqueeze(0) for x in part)))
-
     def _flush(self, plan: StepPlan, experts: torch.Tensor | None) -> None:
         """Tokens leave for their shards; then owners drop the pages that are too many."""
-        flush = plan.flush
         block = leaving_tokens(
-            self.window, self._chunk, flush, self._placement, experts, self._scores
+            self.window, self._chunk, plan.flush, self._placement, experts, self._scores
         )
         if self.on_leave is not None:
             self.on_leave(block)
-        if self.directory is not None:
-            noted = flush.once("noted", lambda: self.directory.admit(block, flush.num_noted))
-            self.directory.note(block, noted)
-        if flush.goes_far:
-            copies = 1 if experts is None else experts.shape[1]
-            owner = self._placement.owner(block.shard)
-            counts = [count * copies for count in flush.counts]
-            block = block.sent(
-                self._wire, lambda rows: self._dispatcher.send(rows, owner, counts)
-            )
-        elif any(self._wire):
-            # Rounded as on the way, so that a cache is the same over any number of ranks.
-            block = block.sent(self._wire, lambda rows: rows)
-        stored = flush.once("stored", lambda: self.store.admit(block, flush.num_stored))
-        self.store.insert(block, stored)
-        if self.store.keeper.drops:
+        copies = 1 if experts is None else experts.shape[1]
+        self._delivery.bring(block, plan.flush, copies)
+        keeper = self.store.keeper
+        if keeper.drops:
             if self.store.statistics is not None and self._prompts is not None:
-                self._observe(plan)
-            self._prune(plan)
-        self.store.keeper.grow_old(flush.numbers.all_slots, flush.most_pages)
-
-    def _observe(self, plan: StepPlan) -> None:
-        """Let the prompts' last queries judge every page, those just sealed included.
-
-        A query sees no page that is younger than itself: pages end a window before the prompt.
-        """
-        wanted = self.spec.options.retention.observation_window
-        spans = plan.prefill.last_tokens(min(wanted, plan.window + 1))
-        own = spans[self._placement.rank]
-        query, lse = (torch.cat([x[:0], *(x[span] for span in own)]) for x in self._prompts)
-        query = self._maps.sent(query)
-        counts = [sum(map(_length, ranks)) for ranks in spans]
-        told = lse.unsqueeze(1).expand(-1, self._placement.num_ranks, -1).contiguous()
-        told = told.view(torch.int32)
-        route = self._dispatcher.post(query, told, counts)
-        query, told = self._dispatcher.wait(route, query, told)
-        query = self._maps.arrived(query)
-        lens = [_length(span) for ranks in spans for span in ranks]
-        lse = told.contiguous().view(torch.float32)
-        rows = plan.prefill.numbers
-        where = rows.slots.split(1), rows.last_positions.split(1)
-        for slot, last, *part in zip(*where, query.split(lens), lse.split(lens)):
-            reads = OwnerReads(slot, plan.flush.most_pages, positions=last)
-            self.store.observe(*(x.unsqueeze(0) for x in part), reads)
-
-    def _prune(self, plan: StepPlan) -> None:
-        """Pool old pages, drop those beyond the budget, and tell their homes, which list them
-        too."""
-        flush = plan.flush
-        slots = flush.numbers.all_slots
-        drops = self.store.keeper.age(slots, flush.most_pages)
-        if self.store.keeper.prunes and not self.peers:
-            drops.append(self.store.keeper.prune(slots, flush.most_pages))
-        for drop in drops:
-            self._tell_homes(drop, plan)
-        # What a page is worth to all layers is known behind the last of them.
-        if self.peers and self is self.peers[-1]:
-            keepers = [peer.store.keeper for peer in self.peers]
-            drop = self.store.keeper.prune(slots, flush.most_pages, keepers)
-            for peer in self.peers:
-                peer._tell_homes(drop, plan)
-
-    def _tell_homes(self, drop: torch.Tensor, plan: StepPlan) -> None:
-        """Columns [sequences of all ranks, m] that this owner dropped, where home lists pages."""
-        if self.directory is None:
-            return
-        route = self._dispatcher.everywhere(plan.flush.num_sequences)
-        words = self._dispatcher.give_back(route, pack_bits(drop), FLUSH_OP)
-        dropped = unpack_bits(words, drop.shape[1]).transpose(0, 1)
-        self.directory.apply(plan.flush.numbers.window_slots, dropped)
+                self._prompt_attention.observe(*self._prompts, plan, self._maps)
+            self.verdicts.give(plan.flush)
+        keeper.grow_old(plan.flush.numbers.all_slots, plan.flush.most_pages)
 
     def _window_list(self, reads: PageList) -> PageList:
         return reads._replace(pages=self.window.pages)
@@ -515,7 +418,3 @@ class LayerCache:
 
 def _first(x: torch.Tensor, count: int) -> torch.Tensor:
     return x if len(x) == count else x[:count]
-
-
-def _length(tokens: slice) -> int:
-    return tokens.stop - tokens.start

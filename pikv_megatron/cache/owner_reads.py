@@ -22,6 +22,8 @@ class OwnerReads(NamedTuple):
             None: no page does.
         log_weight: [n], float32, log of how often each drawn page counts.
         positions: [n], int64, of the queries (of several, the last), where masses are counted.
+        ahead: [n, k''], int64, pages by their columns that the next step may read, -1 for none;
+            None: nothing is fetched ahead.
     """
 
     slots: torch.Tensor
@@ -32,6 +34,7 @@ class OwnerReads(NamedTuple):
     drawn: torch.Tensor | None = None
     log_weight: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    ahead: torch.Tensor | None = None
 
     @property
     def is_everything(self) -> bool:

@@ -3,8 +3,6 @@
 Legend: r sequences, m columns of a sequence, s shards of this rank, S tokens a page.
 """
 
-from collections.abc import Sequence
-
 import torch
 
 from pikv_megatron.cache.ageing import mean_of_pairs, merge_level, old_pages
@@ -16,7 +14,7 @@ from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.store_lists import StoreLists
 from pikv_megatron.codec.codec import PageCodec
-from pikv_megatron.retention.base import RetentionPolicy, beyond
+from pikv_megatron.retention.base import RetentionPolicy
 from pikv_megatron.retention.budget import PageBudget
 from pikv_megatron.types import Ageing, PageStats
 
@@ -45,8 +43,8 @@ class PageKeeper:
         table: PageTable, ledger: PageLedger, statistics: PageStatistics | None,
         lists: StoreLists,
     ):
-        self.retention = retention
-        self._budget, self._pinned, self._codec = budget, pinned, codec
+        self.retention, self.budget = retention, budget
+        self._pinned, self._codec = pinned, codec
         self._placement, self._shards = placement, placement.shards_per_rank
         self._pool, self._table, self._ledger = pool, table, ledger
         self._statistics, self._lists = statistics, lists
@@ -63,8 +61,8 @@ class PageKeeper:
             return most_pages
         if self.retention.keeps_none:
             return min(most_pages, self._pinned.most_pages)
-        most_kept = self._budget.most(most_pages, self._shards) + self._pinned.most_pages
-        return min(most_pages, most_kept)
+        most_kept = self.budget.most(most_pages, self._shards) * self.budget.across_layers
+        return min(most_pages, int(most_kept) + self._pinned.most_pages)
 
     def num_old(self, num_columns: int) -> int:
         """Those of a sequence's pages that are stored as older ones are, if all shards have as
@@ -89,9 +87,9 @@ class PageKeeper:
         return policy is not None and policy.sums_layers and not policy.keeps_none
 
     @property
-    def exceeds(self) -> bool:
-        """Whether what a step fills takes, for the moment, more than is left of it."""
-        return self.drops or self._codec.older is not None
+    def joins_layers(self) -> bool:
+        """Whether what stays is decided for layers together, behind the last of them."""
+        return self.sums_layers or self.prunes and self.budget.joins_layers
 
     @property
     def num_verdicts(self) -> int:
@@ -112,7 +110,7 @@ class PageKeeper:
                 self._statistics.join(*group)
             if self._pool.score is not None:
                 self._pool.score[group[0]] = self._pool.score[group].amax(dim=0)
-            self._drop(slots, drop)
+            self.drop(slots, drop)
             drops.append(drop)
         return drops
 
@@ -127,58 +125,50 @@ class PageKeeper:
             if moved.numel():
                 self._pool.grow_old(moved)
 
-    def prune(
-        self, slots: torch.Tensor, most_pages: int, peers: "Sequence[PageKeeper]" = ()
-    ) -> torch.Tensor:
+    def prune(self, slots: torch.Tensor, most_pages: int) -> torch.Tensor:
         """Drop the pages that the budget does not allow.
 
         Args:
             slots: [r], int64, each once.
             most_pages: at least the pages that any of them ever filled here.
-            peers: keepers of layers that hold the same pages, this one among them, which decide
-                together; none: this one decides.
 
         Returns:
-            [r, m], bool, the columns that were dropped, here and from all peers.
+            [r, m], bool, the columns that were dropped.
         """
-        stats = self._rivals(slots, most_pages)
+        drop = self.retention.drop(*self.rivals(slots, most_pages))
+        self.drop(slots, drop)
+        return drop
+
+    def rivals(
+        self, slots: torch.Tensor, most_pages: int
+    ) -> tuple[PageStats, torch.Tensor]:
+        """Pages that may go, and how many may stay of those that compete: [r, s], of a shard, or
+        [r, 1], of all that this rank has. For arguments see `prune`."""
+        stats = self._stats(slots, most_pages)
         filled = self._ledger.num_tokens[:-1].view(-1, self._shards)[slots] // self._page_size
-        limit = self._budget.limit(filled)
-        if self._budget.across_shards:
+        limit = self.budget.limit(filled)
+        if self.budget.across_shards:
+            stats = stats._replace(shard=torch.zeros_like(stats.shard))
             limit = limit.sum(dim=1, keepdim=True)
         if self._pinned.num_tokens:
             pages = self._table.page[slots, :most_pages].where(stats.is_page, self._pool.null_page)
             oldest = self._pool.position[pages, 0].long()
             stats, limit = self._pinned.set_aside(stats, oldest, limit)
-        if peers:
-            worth = (peer.retention.utility(peer._rivals(slots, most_pages)) for peer in peers)
-            drop = beyond(stats, sum(worth), limit)
-        else:
-            drop = self.retention.drop(stats, limit)
-        for keeper in peers or (self,):
-            keeper._lists.clear()
-            keeper._drop(slots, drop)
-        return drop
+        return stats, limit
 
-    @property
-    def _num_levels(self) -> int:
-        """Times that pages are merged as they age."""
-        return 0 if self._ageing is None else self._ageing.levels
-
-    def _drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
-        """Give pages [r, m] back."""
+    def drop(self, slots: torch.Tensor, drop: torch.Tensor) -> None:
+        """Give pages [r, m] of sequences back."""
+        self._lists.clear()
         pages, is_dropped = (x.flatten() for x in self._table.apply(slots, drop))
         if pages.numel():
             self._pool.release_some(pages, is_dropped)
             if self._statistics is not None:
                 self._statistics.forget(pages, is_dropped)
 
-    def _rivals(self, slots: torch.Tensor, num_columns: int) -> PageStats:
-        """Pages by whom they compete with: those of a shard, or of all that this rank has."""
-        stats = self._stats(slots, num_columns)
-        if not self._budget.across_shards:
-            return stats
-        return stats._replace(shard=torch.zeros_like(stats.shard))
+    @property
+    def _num_levels(self) -> int:
+        """Times that pages are merged as they age."""
+        return 0 if self._ageing is None else self._ageing.levels
 
     def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
         is_page = self._table.is_page(slots, num_columns)

@@ -1,11 +1,13 @@
 """Sealed pages of one layer on their owner rank."""
 
+from collections.abc import Sequence
+
 import torch
 
 from pikv_megatron.cache.free_list import FreeList
 from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.codec.codec import PageCodec
-from pikv_megatron.types import KVPages, PageList
+from pikv_megatron.types import KVPages, PageList, Recalled
 
 
 class PagePool:
@@ -46,6 +48,11 @@ class PagePool:
         """Pages that there is room for."""
         return (self.null_page,)
 
+    @property
+    def at_once(self) -> int | None:
+        """Pages that can be sealed, or read, at once; None: any number."""
+        return None
+
     def allocate(self, is_page: torch.Tensor) -> torch.Tensor:
         """A page for every True of [c]; the others get the null page. As many are surely free."""
         return self.free.allocate(is_page)
@@ -66,6 +73,27 @@ class PagePool:
         """What is attended to, where pages are listed by their numbers: lists of as many columns,
         of which one reads a page."""
         return [sealed]
+
+    def losses(self, lists: Sequence[PageList]) -> torch.Tensor | None:
+        """[n], int64, `Loss` of a page, by its number in any of the lists, that each sequence was
+        to read; None: all are there."""
+        return None
+
+    @property
+    def lower_bytes(self) -> tuple[int, int]:
+        """What is kept in the host's memory and in a file, besides what is where pages are read."""
+        return 0, 0
+
+    def take_recalled(self) -> Recalled:
+        """What came back to the device since it was last asked."""
+        return Recalled()
+
+    def hold_space(self) -> None:
+        """Take what space there must be for pages that leave memory.
+
+        Raises:
+            OSError: there is too little.
+        """
 
     def restore(
         self, codec: PageCodec, pages: torch.Tensor, slots: torch.Tensor
@@ -122,6 +150,11 @@ class PagePool:
     def payload(self) -> list[torch.Tensor]:
         """Their keys and values as stored."""
         return self.kv.tensors
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the keys and values of all pages, wherever they lie."""
+        return sum(t.nbytes for t in self.payload())
 
     def tensors(self) -> list[torch.Tensor]:
         return self.payload() + self.metadata()

@@ -56,6 +56,26 @@ def merge_parts(states: Sequence[AttentionState]) -> AttentionState:
     return AttentionState(merged.out.to(states[0].out.dtype), merged.lse)
 
 
+def merge_rounds(
+    rounds: Sequence[tuple[AttentionState, list[torch.Tensor] | None]]
+) -> tuple[AttentionState, list[torch.Tensor] | None]:
+    """The whole of what was read in rounds, and the shares of it that the pages of each list have,
+    [n, sq, np, m], as of a `PageCodec.attend`; later rounds have read the first list alone."""
+    if len(rounds) == 1:
+        return rounds[0]
+    state = merge_parts([part for part, _ in rounds])
+    if rounds[0][1] is None:
+        return state, None
+    factors = [
+        (part.lse - state.lse).exp().masked_fill(part.lse == -torch.inf, 0.0).unsqueeze(3)
+        for part, _ in rounds
+    ]
+    masses = [mass * factors[0] for mass in rounds[0][1]]
+    for factor, (_, part) in zip(factors[1:], rounds[1:]):
+        masses[0] = masses[0] + part[0] * factor
+    return state, masses
+
+
 def merge_into(state: AttentionState, tokens: slice, part: AttentionState) -> None:
     """Merge a part [1, sq, np, w_v] into the tokens of a state [t, np, w_v]."""
     own = AttentionState(*(x[tokens].unsqueeze(0) for x in state))

@@ -2,10 +2,10 @@
 
 One row of int32 words for each (query, owner): the sequence's slot, the query's position and the
 visited shards where queries are routed, the columns to read where pages are selected, those drawn
-by lot and what they count for, and the log-sum-exp of the sequence's last attention where masses
-are counted.
+by lot and what they count for, those to be fetched for the next step, and the log-sum-exp of the
+sequence's last attention where masses are counted.
 
-Legend: n queries, G ranks, N shards, k columns, k' drawn ones, np query heads.
+Legend: n queries, G ranks, N shards, k columns, k' drawn ones, k'' fetched ahead, np query heads.
 """
 
 from typing import NamedTuple
@@ -25,17 +25,19 @@ class HeaderLayout(NamedTuple):
         num_columns: k where pages are selected, else 0.
         num_heads: np where masses are counted, else 0.
         num_drawn: k' where pages are drawn by lot, else 0.
+        num_ahead: k'' where pages are fetched ahead, else 0.
     """
 
     num_shards: int
     num_columns: int
     num_heads: int
     num_drawn: int = 0
+    num_ahead: int = 0
 
     @property
     def num_words(self) -> int:
         """Of one row."""
-        return self._shard_words + self.num_columns + self._drawn_words + self.num_heads
+        return sum(self._sizes)
 
     def pack(
         self, reads: Reads, own: OwnerReads, last_lse: torch.Tensor | None, num_ranks: int
@@ -57,6 +59,8 @@ class HeaderLayout(NamedTuple):
         if self.num_drawn:
             weight = reads.log_weight.float().view(torch.int32)
             fields += [reads.drawn.int(), weight.view(-1, 1, 1).expand(-1, num_ranks, -1)]
+        if self.num_ahead:
+            fields.append(reads.ahead.int())
         if self.num_heads:
             fields.append(last_lse.contiguous().view(torch.int32))
         if not fields:
@@ -73,8 +77,7 @@ class HeaderLayout(NamedTuple):
         """
         if header is None:
             return reads, None
-        sizes = [self._shard_words, self.num_columns, self._drawn_words, self.num_heads]
-        told, columns, drawn, lse = header.split(sizes, dim=1)
+        told, columns, drawn, ahead, lse = header.split(self._sizes, dim=1)
         if self.num_shards:
             slots, positions = told[:, :2].long().unbind(1)
             visited = unpack_bits(told[:, 2:], self.num_shards)
@@ -84,7 +87,15 @@ class HeaderLayout(NamedTuple):
         if self.num_drawn:
             weight = drawn[:, -1].contiguous().view(torch.float32)
             reads = reads._replace(drawn=drawn[:, :-1].long(), log_weight=weight)
+        if self.num_ahead:
+            reads = reads._replace(ahead=ahead.long())
         return reads, lse.contiguous().view(torch.float32) if self.num_heads else None
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Words of each part of a row."""
+        listed = self.num_columns, self._drawn_words, self.num_ahead
+        return [self._shard_words, *listed, self.num_heads]
 
     @property
     def _drawn_words(self) -> int:

@@ -5,7 +5,8 @@ m columns of a sequence, k pages read, t tokens of a block. A *group* is one (sl
 with a token buffer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -17,9 +18,11 @@ from pikv_megatron.cache.page_keeper import PageKeeper
 from pikv_megatron.cache.page_pool import PagePool
 from pikv_megatron.cache.page_statistics import PageStatistics
 from pikv_megatron.cache.page_table import PageTable
+from pikv_megatron.cache.partial_states import merge_rounds
 from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.store_lists import StoreLists
+from pikv_megatron.cache.tiered_pool import TieredPagePool
 from pikv_megatron.cache.token_buffer import TokenBuffers
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.codec.key_angles import KeyAngles
@@ -48,6 +51,8 @@ class ShardStore:
             nobody asks.
         on_seal: told of the keys, values, page numbers and sequences of pages that were sealed;
             None: nobody asks.
+        losses: by slot, `Loss` of sequences that were to read a page that is lost, since they were
+            taken note of.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class ShardStore:
         self._has_token_scores = options.retention.needs_scores
         num_scores = 0 if retention is None else retention.num_scores
         kind = PagePool if self._codec.older is None else AgedPagePool
+        if options.retention.tiers is not None:
+            kind = partial(TieredPagePool, options.retention.tiers)
         ageing = self._codec.ageing if retention is None else retention.ageing or self._codec.ageing
         self.pool = kind(
             self._codec, page_size, has_replicas, num_scores, ageing is not None, kv.device
@@ -84,6 +91,8 @@ class ShardStore:
                 options.retention.use_threshold,
             )
         budget = options.budget.in_store(self.growth_bytes(1), num_slots, self._shards)
+        if options.retention.tiers is not None:
+            self.pool.most_here = partial(budget.of_rank, num_shards=num_slots * self._shards)
         self._lists = StoreLists(
             self.pool, self.table, self.buffers, placement, kv, spec.num_heads, self._codec.angles
         )
@@ -93,6 +102,7 @@ class ShardStore:
         )
         self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
+        self.losses: dict[int, int] = {}
 
     def reserve(self, num_pages: int, num_old: int = 0) -> None:
         """See that `num_pages` pages are free before any token is computed, `num_old` of them for
@@ -170,17 +180,11 @@ class ShardStore:
         Returns:
             The attention; and the share of it that each shard of this rank has, [n, 1, np, s].
         """
-        if self.statistics is None and not by_shard:
-            return self.attend(query, reads, near), None
-        sealed, opened = self._read(reads)
-        state, mass, (of_open, *_) = self._attend(query, reads, sealed, [opened, *near], True)
-        if self.statistics is not None:
-            pages = torch.where(sealed.lens > 0, sealed.table, -1)
-            self._count(reads, pages, mass[:, 0], state.lse[:, 0], last_lse)
-        if not by_shard:
-            return state, None
-        shard = self.placement.local_shard(self.pool.shard[sealed.table].long())
-        return state, of_open.scatter_add(3, shard[:, None, None].expand_as(mass), mass)
+        found = self._attend_decoding(query, reads, near, last_lse, by_shard)
+        if reads.ahead is not None:
+            columns = self.keeper.num_columns(reads.num_columns)
+            self.pool.fetch_ahead(self._lists.ahead(reads, columns))
+        return found
 
     def page_logits(self, query: torch.Tensor, reads: OwnerReads) -> torch.Tensor:
         """What query [n, np, hn] would find in every page of n sequences here, from its stored
@@ -213,6 +217,7 @@ class ShardStore:
         self.pool.release(self.table.pages_of(slot))
         self.table.clear(slot)
         self.ledger.clear(slot)
+        self.losses.pop(slot, None)
         # The next sequence reads around what is left there: it must be finite.
         name = "keys" if self._kv.values_in_keys else "values"
         self.buffers.tensors[name][:, slot * self._shards : (slot + 1) * self._shards] = 0.0
@@ -266,26 +271,55 @@ class ShardStore:
         first = slot * self._shards
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
 
+    def _attend_decoding(self, query, reads, near, last_lse, by_shard):
+        if self.statistics is None and not by_shard:
+            return self.attend(query, reads, near), None
+        sealed, opened = self._read(reads)
+        state, mass, (of_open, *_) = self._attend(query, reads, sealed, [opened, *near], True)
+        if self.statistics is not None:
+            pages = torch.where(sealed.lens > 0, sealed.table, -1)
+            self._count(reads, pages, mass[:, 0], state.lse[:, 0], last_lse)
+        if not by_shard:
+            return state, None
+        shard = self.placement.local_shard(self.pool.shard[sealed.table].long())
+        return state, of_open.scatter_add(3, shard[:, None, None].expand_as(mass), mass)
+
     def _attend(
         self, query: torch.Tensor, reads: OwnerReads, sealed: PageList, plain: list[PageList],
         with_mass: bool = False,
     ) -> tuple[AttentionState, torch.Tensor | None, list[torch.Tensor]]:
         """The attention, and if asked for the masses of the sealed pages and of the other lists;
         nobody asks where pages are drawn."""
-        lists = self._lists.stored(reads, sealed)
-        drawn = [(part, each) for each in self._drawn(reads) for part in self.pool.lists(each)]
-        parts = None
-        if self._codec.num_bases > 1:
-            parts = [self._part(sealed.table)] * len(lists)
-            parts += [self._part(each.table) for _, each in drawn]
-        state, masses = self._codec.attend(
-            query, [*lists, *(part for part, _ in drawn)], plain, self._softmax_scale,
-            reads.slots, with_mass, parts
-        )
+        every, rounds = [sealed, *self._drawn(reads)], []
+        for lists in self._rounds(reads, every):
+            each_is, parts = len(lists) // len(every), None
+            if self._codec.num_bases > 1:
+                parts = [self._part(each.table) for each in every for _ in range(each_is)]
+            rounds.append(self._codec.attend(
+                query, lists, plain, self._softmax_scale, reads.slots, with_mass, parts
+            ))
+            plain = []  # read by the first
+        self._note_losses(reads, every)
+        state, masses = merge_rounds(rounds)
         if masses is None:
             return state, None, []
         # A page is read through one of the lists, and has no mass in the others.
-        return state, sum(masses[1 : len(lists)], masses[0]), masses[len(lists) :]
+        return state, sum(masses[1:each_is], masses[0]), masses[each_is:]
+
+    def _rounds(self, reads: OwnerReads, every: list[PageList]) -> Iterator[list[PageList]]:
+        """Lists of pages, those of the sealed ones first, as they are stored."""
+        if self.pool.at_once is not None:
+            yield from self.pool.rounds(every)
+        else:
+            sealed, *drawn = every
+            further = (part for each in drawn for part in self.pool.lists(each))
+            yield [*self._lists.stored(reads, sealed), *further]
+
+    def _note_losses(self, reads: OwnerReads, every: list[PageList]) -> None:
+        losses = self.pool.losses(every)
+        if losses is not None:
+            found = zip(reads.slots.tolist(), losses.tolist())
+            self.losses |= {slot: loss for slot, loss in found if loss}
 
     def _part(self, pages: torch.Tensor) -> torch.Tensor:
         """Which part of its sequence each page [...] belongs to: its shard."""
@@ -321,9 +355,13 @@ class ShardStore:
             self.pool.score[pages] = policy.score_pages(keys, values, full["position"])
         if self._codec.learns:
             fit_new(self._codec, slots, admission.is_page, keys, values)
-        self._codec.seal(
-            keys, values, self.pool.kv, self.pool.places(pages), slots, position=full["position"]
-        )
+        step = self.pool.at_once or max(1, len(pages))
+        for first in range(0, len(pages), step):
+            part = slice(first, first + step)
+            self._codec.seal(
+                keys[:, part], values[:, part], self.pool.kv, self.pool.places(pages[part]),
+                slots[part], position=full["position"][part],
+            )
         if self.on_seal is not None:
             real = admission.is_page.nonzero().squeeze(1)
             row = admission.page_row[real]

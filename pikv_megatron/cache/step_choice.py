@@ -9,7 +9,7 @@ import torch
 
 from pikv_megatron.relevance import Ask
 from pikv_megatron.router.base import KVRouter
-from pikv_megatron.selector.base import PageSelector
+from pikv_megatron.selector.base import PageSelector, ranked
 from pikv_megatron.types import Reads
 
 
@@ -27,8 +27,11 @@ class StepChoice(NamedTuple):
     ask: Ask | None = None
 
 
-def choose(router: KVRouter | None, selector: PageSelector | None, ask: Ask) -> StepChoice:
-    """Let the router choose shards and the selector pages of them."""
+def choose(
+    router: KVRouter | None, selector: PageSelector | None, ask: Ask, num_ahead: int = 0
+) -> StepChoice:
+    """Let the router choose shards and the selector pages of them; `num_ahead` of the best that
+    were left, where there is a selector, are likely to be chosen next."""
     shards = None if router is None else router.visit(ask)
     if selector is None:
         return StepChoice(Reads(shards), None, ask)
@@ -42,6 +45,9 @@ def choose(router: KVRouter | None, selector: PageSelector | None, ask: Ask) -> 
         sample = selector.draw(ask, columns)
         drawn = by_rank(sample.columns, *places)
         reads = reads._replace(drawn=drawn, log_weight=sample.log_weight)
+    if num_ahead:
+        left, is_left = ranked(ask.page_scores, ask.is_left(columns) & may_read, num_ahead)
+        reads = reads._replace(ahead=by_rank(torch.where(is_left, left, -1), *places))
     return StepChoice(reads, columns, ask)
 
 

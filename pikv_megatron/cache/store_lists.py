@@ -78,6 +78,11 @@ class StoreLists:
         lens, turn = is_read.int() * self._page_size, self._turn(pages)
         return [PageList(self._pool.kv, pages, lens, None, weight, turn)]
 
+    def ahead(self, reads: OwnerReads, num_columns: int) -> torch.Tensor:
+        """Numbers [c] of the pages that the next step may read."""
+        pages, is_listed = self._pages(reads._replace(columns=reads.ahead), num_columns)
+        return pages[is_listed]
+
     def _sealed(self, reads: OwnerReads, num_columns: int) -> PageList:
         pages, is_read = self._pages(reads, num_columns)
         mask = None

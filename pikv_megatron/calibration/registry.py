@@ -7,7 +7,8 @@ from pikv_megatron.calibration.fits.heads import HeadsFit
 from pikv_megatron.calibration.fits.moments import MomentsFit
 from pikv_megatron.calibration.fits.queries import QueriesFit
 from pikv_megatron.calibration.fits.scorer import ScorerFit
+from pikv_megatron.calibration.fits.visits import VisitsFit
 
 FITS: tuple[type[LayerFit], ...] = (
-    MomentsFit, ExpertMomentsFit, QueriesFit, HeadsFit, ScorerFit, GateFit,
+    MomentsFit, ExpertMomentsFit, QueriesFit, HeadsFit, ScorerFit, GateFit, VisitsFit,
 )

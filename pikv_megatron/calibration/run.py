@@ -68,7 +68,7 @@ def _restore(collector: Collector, unfinished: Path | None, manifest: Mapping[st
     """Batches that an earlier run has done."""
     if unfinished is None or not unfinished.exists():
         return 0
-    found, sums = load_calibrated(unfinished)
+    *_, found, sums = load_calibrated(unfinished)
     done = found.pop("done", 0)
     if found != manifest:
         fields = [name for name in manifest if found.get(name) != manifest[name]]

@@ -41,8 +41,7 @@ def read_moments(path: Path, number: int, fitted: Mapping[str, Tensor], kv: KVSh
     for side, width in (("keys", kv.key_width), ("values", kv.value_width)):
         prefix = f"{side}."
         parts = {
-            name.removeprefix(prefix): part for name, part in fitted.items()
-            if name.startswith(prefix)
+            name.removeprefix(prefix): fitted[name] for name in fitted if name.startswith(prefix)
         }
         shape = tuple(parts["mean"].shape) if "mean" in parts else None
         if shape != (kv.num_groups, width):

@@ -192,9 +192,9 @@ def _kept(
         if isinstance(pikv.retention, KeepAllOptions):
             found[name] = pikv
             continue
-        is_across = pikv.budget is not None and pikv.budget.across_shards
+        across = {} if pikv.budget is None else pikv.budget.across
         for share in shares:
-            budget = {"budget": ShareBudget(keep=share, across_shards=is_across)}
+            budget = {"budget": ShareBudget(keep=share, **across)}
             found[f"{name} {share:g}"] = pikv.model_copy(update=budget)
     return found
 

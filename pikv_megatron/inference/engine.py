@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from math import isnan
+from pathlib import Path
 
 import deepspeed.comm as dist
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from pikv_megatron.cache.disk_tier import Loss
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.inference.homes import deal_homes
+from pikv_megatron.inference.learned import save_learned
 from pikv_megatron.inference.model_runner import ModelRunner
 from pikv_megatron.inference.outputs import EngineStep
 from pikv_megatron.inference.request import Request, check_requests
@@ -49,6 +52,7 @@ class Engine:
         self.context = PiKVInferenceContext.for_model(
             model, pikv, max_batch_size, max_sequence_length, ep_group
         )
+        self.context.tiers.is_driven = True
         self.running: dict[int, LiveSequence] = {}
         self.kept: dict[int, LiveSequence] = {}
         self._ep_group = ep_group
@@ -81,6 +85,8 @@ class Engine:
     @torch.no_grad()
     def step(self) -> EngineStep:
         """One forward pass; without a running sequence there is none.
+
+        A sequence that was to read a page that is lost ends with an error, and is not kept.
 
         An exception ends every sequence: a cache that was written by half a step is of no use.
 
@@ -125,6 +131,18 @@ class Engine:
         """
         self.context.compact()
         self.context.reserve([(s.cached, s.final_length) for s in self.running.values()])
+
+    def save_learned(self, path: Path, model_name: str) -> None:
+        """Write what routers have learned, for a later run whose configuration names the file under
+        `learned`. Called on every rank.
+
+        Args:
+            model_name: for whoever meets the file with another model.
+
+        Raises:
+            ValueError: no router keeps what it learns.
+        """
+        save_learned(path, model_name, self._runner.model, self.context)
 
     def reset(self) -> None:
         """End every sequence, and forget those that were kept."""
@@ -174,9 +192,19 @@ class Engine:
         for feed in chain(*feeds):
             del feed.sequence.pending[: feed.count]
         chosen = choose_tokens(ends[self.context.rank], logits)
-        pairs = exchange_tokens(chosen, [len(rank) for rank in ends], self._ep_group)
-        step = EngineStep({}, {}, {}, num_prompt_tokens)
+        running = list(self.running.values())
+        pairs, losses = exchange_tokens(
+            chosen, [len(rank) for rank in ends], self._ep_group,
+            self.context.tiers.take_losses([sequence.cached.slot for sequence in running]),
+        )
+        step = EngineStep({}, {}, {}, num_prompt_tokens, self.context.tiers.take_recalled())
+        for rank, of_rank in enumerate(losses):
+            for sequence, loss in zip(running, of_rank):
+                if loss and sequence.id in self.running:
+                    self._fail(sequence, rank, Loss(loss), step)
         for sequence, (token, logprob) in zip(chain(*ends), chain(*pairs)):
+            if sequence.id in step.errors:
+                continue
             if isnan(logprob):
                 raise ValueError(
                     f"logits of sequence {sequence.id} are not numbers after "
@@ -192,6 +220,16 @@ class Engine:
         if reason:
             step.finish_reasons[sequence.id] = reason
             self._end(sequence)
+
+    def _fail(self, sequence: LiveSequence, rank: int, loss: Loss, step: EngineStep) -> None:
+        """End a sequence that was to read a page that is lost; others have all of theirs."""
+        step.finish_reasons[sequence.id] = "error"
+        step.errors[sequence.id] = (
+            f"after {sequence.num_new} new tokens, a page on rank {rank} of those that decode "
+            f"together could not be read: {loss.said}"
+        )
+        del self.running[sequence.id]
+        self.context.release(sequence.cached)
 
     def _end(self, sequence: LiveSequence) -> None:
         del self.running[sequence.id]

@@ -17,6 +17,7 @@ from pikv_megatron.inference.request import Request, as_prompts, check_requests
 from pikv_megatron.inference.sampling import SamplingParams
 from pikv_megatron.inference.stopping import StopCriteria
 from pikv_megatron.runtime.process_groups import deepspeed_expert_parallel_group
+from pikv_megatron.types import Recalled
 
 
 class PiKVForCausalLM(torch.nn.Module):
@@ -45,7 +46,7 @@ class PiKVForCausalLM(torch.nn.Module):
         Placement.resolve(pikv, self.num_ranks)
         self.engine: Engine | None = None
         self._kept: list[int] = []
-        self._num_decode_steps = 0
+        self._decoded = 0, Recalled()
         self._num_tokens = 0
 
     def forward(self, *args, **kwargs):
@@ -75,8 +76,10 @@ class PiKVForCausalLM(torch.nn.Module):
             raise ValueError("cache_report: call generate first")
         context = self.engine.context
         token_bytes = sum(layer.spec.kv.token_bytes for layer in context.layers.values())
+        num_decode_steps, recalled = self._decoded
         return CacheReport(
-            context.allocated_bytes(), token_bytes * self._num_tokens, self._num_decode_steps
+            context.allocated_bytes(), token_bytes * self._num_tokens, num_decode_steps,
+            *context.tiers.num_bytes, recalled,
         )
 
     def generate(
@@ -98,7 +101,8 @@ class PiKVForCausalLM(torch.nn.Module):
             sampling: how tokens are chosen; default greedy.
             stop: when a sequence ends; default only by length.
             callback: told of every step, on every rank; may return the prompts to cancel.
-            keep_cache: leave the sequences in the cache for a next turn.
+            keep_cache: leave the sequences in the cache for a next turn, but for those that end
+                with an error.
             resume: the prompts continue the sequences that the last call kept, in order.
 
         Raises:
@@ -137,11 +141,14 @@ class PiKVForCausalLM(torch.nn.Module):
         self._kept = []
         rows = -(-len(requests) // self.num_ranks)
         if self.engine is None or self.engine.context.max_batch_size < rows:
+            learned = {} if self.engine is None else self.engine.context.visits
             self.engine = None  # its memory is free before the next one takes its own
             self.engine = Engine(
                 self.model, self.pikv, self.ep_group, self.vocab_size, self.max_sequence_length,
                 rows,
             )
+            for number, visits in learned.items():
+                self.engine.context.visits[number].taught = visits.taught
         self.engine.reset()
 
     def _run(
@@ -150,9 +157,9 @@ class PiKVForCausalLM(torch.nn.Module):
         self._kept = []
         self._num_tokens = sum(s.final_length for s in self.engine.running.values())
         try:
-            output, self._num_decode_steps = run_batch(self.engine, ids, callback)
+            output, *self._decoded = run_batch(self.engine, ids, callback)
         except BaseException:
             self.engine.reset()
             raise
-        self._kept = ids if keep_cache else []
+        self._kept = [sequence_id for sequence_id in ids if sequence_id in self.engine.kept]
         return output

@@ -8,6 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from pikv_megatron.inference.traffic import TrafficMeter
+from pikv_megatron.types import Recalled
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,20 @@ class RankUsage:
     """What the cache cost on one rank.
 
     Attributes:
-        kv_bytes: the cache's tensors.
+        kv_bytes: the cache's tensors, where they are computed with.
         dense_bytes: a dense cache of the same sequences, as a stock rank holds it.
         bytes_by_op: handed to each of the cache's collectives while decoding.
+        host_bytes: pages in host memory, where they lie in tiers.
+        file_bytes: pages in files.
+        recalled: pages that came back to the device while decoding.
     """
 
     kv_bytes: int
     dense_bytes: int
     bytes_by_op: dict[str, int]
+    host_bytes: int = 0
+    file_bytes: int = 0
+    recalled: Recalled = Recalled()
 
 
 class RunClock:
@@ -85,11 +92,27 @@ def report_table(
         table.add_row("held / dense, largest rank", f"{max(kv_bytes) / dense_bytes:.3f}")
     table.add_section()
     steps = max(1, clock.num_decode_steps)
+    if any(usage.host_bytes for usage in usages):
+        _add_tiers(table, usages, steps)
     sent = [sum(usage.bytes_by_op.values()) / steps for usage in usages]
     table.add_row("bytes sent per decode step and rank", _span(sent))
     for op in usages[0].bytes_by_op:
         table.add_row(f"  {op}", _span([usage.bytes_by_op[op] / steps for usage in usages]))
     return table
+
+
+def _add_tiers(table: Table, usages: list[RankUsage], steps: int) -> None:
+    """What lies below the device, and what came back from there in a step."""
+    total = sum((usage.recalled for usage in usages), Recalled())
+    waited = max(usage.recalled.seconds for usage in usages)
+    table.add_row("beside it in host memory", _span([usage.host_bytes for usage in usages]))
+    table.add_row("beside it in files", _span([usage.file_bytes for usage in usages]))
+    table.add_section()
+    table.add_row("pages back per decode step, all ranks", f"{total.from_host / steps:.1f} of host "
+                  f"memory, {total.from_file / steps:.1f} of files, {total.ahead / steps:.1f} read "
+                  "ahead")
+    table.add_row("waited for them, longest rank", f"{1000 * waited / steps:.2f} ms")
+    table.add_section()
 
 
 def _speed(clock: RunClock) -> str:

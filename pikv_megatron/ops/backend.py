@@ -11,7 +11,7 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 # What a CPU has C++ kernels for; the rest is a call or two of torch.
-CPU_KERNELS = ("attend_means", "decode_attention", "score_pages")
+CPU_KERNELS = ("attend_means", "decode_attention", "merge_states", "score_pages")
 
 
 def kernel_op(name: str, tensor: torch.Tensor) -> Callable | None:

@@ -73,5 +73,5 @@ class ClosedForm:
 def _compression(layer: PlannedLayer) -> float:
     """rho, of the pages that are sealed."""
     store, kv = layer.cache.store, layer.cache.spec.kv
-    page = layer.bytes_by_part["pages"] / (store.pool.free.num_pages + 1)
+    page = store.pool.stored_bytes / (store.pool.free.num_pages + 1)
     return kv.token_bytes * store.page_size / page

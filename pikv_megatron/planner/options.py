@@ -23,6 +23,7 @@ ROOFS = {
     "compute": "operations a second of a rank",
     "fabric_bandwidth": "bytes a second that a rank sends",
     "fabric_latency": "seconds of an empty collective",
+    "host_bandwidth": "bytes a second from the host's memory to a rank's",
 }
 
 

@@ -80,6 +80,15 @@ class PlannedCache:
             total["statistics"] += layer.count * self._held_bytes(layer.cache)
         return {part: num_bytes for part, num_bytes in total.items() if num_bytes}
 
+    def lower_bytes(self) -> tuple[int, int]:
+        """What pages take in the host's memory and in files, besides."""
+        host = file = 0
+        for layer in self.layers:
+            if isinstance(layer.cache, LayerCache):
+                in_host, in_file = layer.cache.store.pool.lower_bytes
+                host, file = host + layer.count * in_host, file + layer.count * in_file
+        return host, file
+
     def num_columns(self, cache: LayerCache) -> int:
         """Columns of a sequence's pages on a rank in the last decode step."""
         most = self.footprint.most_pages(self._target.last_in_shards)

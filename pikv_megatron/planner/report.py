@@ -10,6 +10,9 @@ from pikv_megatron.planner.plan import Plan
 from pikv_megatron.planner.remedies import remedies
 
 
+LOWER = "pages_in_host_memory", "pages_in_files"
+
+
 def report_json(plan: Plan) -> dict[str, Any]:
     """Every figure, in bytes, seconds and tokens."""
     target, form = plan.target, plan.closed_form
@@ -24,6 +27,7 @@ def report_json(plan: Plan) -> dict[str, Any]:
             "memory": plan.memory, "needed": plan.needed_bytes, "weights": plan.weight_bytes,
             "workspace": plan.workspace, "cache": plan.cache_bytes,
             "cache_by_part": plan.cache.bytes_by_part(), "dense_cache": plan.dense_bytes,
+            **dict(zip(LOWER, plan.cache.lower_bytes())),
         },
         "largest_context": plan.largest_context(),
         "closed_form": None if form is None else asdict(form),
@@ -80,6 +84,9 @@ def _add_memory(table: Table, plan: Plan) -> None:
     table.add_row("cache", decimal(plan.cache_bytes))
     for part, num_bytes in plan.cache.bytes_by_part().items():
         table.add_row(f"  {part}", decimal(num_bytes))
+    for name, num_bytes in zip(LOWER, plan.cache.lower_bytes()):
+        if num_bytes:
+            table.add_row(f"beside it: {name.replace('_', ' ')}", decimal(num_bytes))
     table.add_row("workspace", decimal(plan.workspace))
     table.add_row("needed, fullest rank", decimal(plan.needed_bytes))
     table.add_row("dense cache instead", decimal(plan.dense_bytes))

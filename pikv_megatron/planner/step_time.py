@@ -1,14 +1,15 @@
 """A roofline of a decode step: what it must read, multiply and send, at full speed.
 
-With beta, gamma, phi and lambda of `Hardware`, of the rank that has most sequences:
+With beta, gamma, phi, lambda and chi of `Hardware`, of the rank that has most sequences:
 
-    T = max(W + C over beta, F over gamma) + X over phi + n lambda
+    T = max(W + C over beta, F over gamma) + X over phi + n lambda + Y over chi
 
 W weights that are read, C the cache's bytes that are (of its pages the share that is read;
 sketches, buffers and windows), F operations, X bytes sent to other ranks, n collectives: in a layer
 two of the experts (lean decoding gathers tokens, and brings outputs home) and, where shards are
-far, two of the cache (queries out, parts home), and two more where owners judge pages first. That
-home reads its window while queries travel is left out.
+far, two of the cache (queries out, parts home), and two more where owners judge pages first, Y
+bytes of pages that are read and have no room on the device: at least those come, and from host
+memory at best. That home reads its window while queries travel is left out.
 
 The paper (3.3) has T_read = 2 d k B / (rho beta) and T_decode = eta d k B / (rho gamma): see
 `closed_form`.
@@ -34,16 +35,18 @@ class StepTime(NamedTuple):
         memory: of reading weights and cache.
         compute: of products.
         fabric: of sending, and of waiting for collectives.
+        recall: of pages that come back to the device.
     """
 
     memory: float
     compute: float
     fabric: float
+    recall: float
 
     @property
     def total(self) -> float:
         """Memory and compute work at the same time."""
-        return max(self.memory, self.compute) + self.fabric
+        return max(self.memory, self.compute) + self.fabric + self.recall
 
 
 def step_time(
@@ -57,6 +60,7 @@ def step_time(
     return _step_time(
         target, weights, bytes_read(target, cache), _attention_products(target, cache),
         _fabric_time(target, traffic.total, num_calls, hardware), hardware,
+        bytes_recalled(target, cache),
     )
 
 
@@ -73,14 +77,16 @@ def dense_step_time(target: Target, weights: Weights, hardware: Hardware) -> Ste
 
 def _step_time(
     target: Target, weights: Weights, kv: float, products: float, fabric: float,
-    hardware: Hardware,
+    hardware: Hardware, recalled: float = 0.0,
 ) -> StepTime:
-    """From the bytes of the cache that are read, and the products of the attention."""
+    """From the bytes of the cache that are read, those of them that have to come to the device, and
+    the products of the attention."""
     ranks, batch = target.num_ranks, target.batch
     products += weights.multiplied(ranks, batch) / target.dtype.itemsize
     read = weights.read(ranks, batch) + kv
     return StepTime(
-        read / hardware.memory_bandwidth, 2 * products / hardware.compute, fabric
+        read / hardware.memory_bandwidth, 2 * products / hardware.compute, fabric,
+        recalled / hardware.host_bandwidth,
     )
 
 
@@ -100,6 +106,16 @@ def _fabric_time(target: Target, kv: float, num_calls: int, hardware: Hardware) 
 def bytes_read(target: Target, cache: PlannedCache) -> float:
     """Of the rank's cache, in a step."""
     return sum(layer.count * _layer_read(target, cache, layer) for layer in cache.layers)
+
+
+def bytes_recalled(target: Target, cache: PlannedCache) -> float:
+    """Of the rank's pages, in a step, at least: those read beyond what the device has room for."""
+    total = 0.0
+    for layer in cache.layers:
+        if isinstance(layer.cache, LayerCache):
+            read = share_read(target, cache, layer.cache) * layer.cache.store.pool.stored_bytes
+            total += layer.count * max(0.0, read - layer.bytes_by_part["pages"])
+    return total
 
 
 def share_read(target: Target, cache: PlannedCache, layer: LayerCache) -> float:
@@ -123,7 +139,7 @@ def _layer_read(target: Target, cache: PlannedCache, layer: PlannedLayer) -> flo
         pages = layer.cache.store.pool.kv
         keys = [pages.keys, pages.key_scale, pages.key_zero]
         whole += sum(t.nbytes for t in keys if t is not None)
-    return whole + share * parts["pages"]
+    return whole + share * layer.cache.store.pool.stored_bytes
 
 
 def _asks_owners(layer: LayerCache) -> bool:

@@ -50,7 +50,11 @@ def decode_traffic(target: Target, cache: PlannedCache) -> Traffic:
                 query += layer.count * parts.query()
                 combine += layer.count * parts.combine()
                 flush += layer.count * parts.flush()
-    return Traffic(query, combine, flush, float(target.num_own * CHOSEN_TOKEN))
+    rows = target.num_own
+    if any(spec.options.retention.tiers is not None for spec in target.specs):
+        # What every sequence lost, in the place of tokens.
+        rows += -(-target.batch // 2)
+    return Traffic(query, combine, flush, float(rows * CHOSEN_TOKEN))
 
 
 def visited_ranks(target: Target, layer: LayerCache) -> int:
@@ -107,13 +111,15 @@ class _LayerTraffic:
         return tokens + per_flush / pikv.flush_interval
 
     def _header_words(self) -> int:
-        layer, columns, drawn = self._layer, 0, 0
+        layer, columns, drawn, ahead = self._layer, 0, 0, 0
+        tiers = layer.spec.options.retention.tiers
         if layer.selector is not None:
             # Of one rank, what is chosen of all ranks' at most.
             most = self._cache.num_columns(layer)
             columns = min(self._cache.num_read(layer), most)
             drawn = min(layer.selector.num_drawn(most * self._target.num_ranks), most)
+            ahead = 0 if tiers is None else min(tiers.ahead, most)
         return HeaderLayout(
             self._cache.placement.num_shards if self._is_routed else 0, columns,
-            0 if layer.store.statistics is None else layer.spec.num_heads, drawn,
+            0 if layer.store.statistics is None else layer.spec.num_heads, drawn, ahead,
         ).num_words

@@ -9,7 +9,7 @@ Legend: r sequences, m columns, s shards of the rank, ng KV heads, c pages, S to
 w_v widths of keys and values.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar, Mapping
 
 import torch
@@ -18,10 +18,10 @@ from pydantic import Field
 
 from pikv_megatron.options import Options
 from pikv_megatron.retention.prompt import Prompt
-from pikv_megatron.types import Ageing, PageStats
+from pikv_megatron.types import Ageing, PageStats, TierPlan
 
 
-class RetentionPolicy(ABC):
+class RetentionPolicy:
     """Says how much each page is worth; the budget says how many stay.
 
     Attributes:
@@ -37,9 +37,10 @@ class RetentionPolicy(ABC):
     ageing: Ageing | None = None
     sums_layers: bool = False
 
-    @abstractmethod
     def utility(self, stats: PageStats) -> torch.Tensor:
-        """[r, m], float32, any where there is no page; of equals the newer page stays."""
+        """[r, m], float32, any where there is no page; of equals the newer page stays. Asked of
+        policies without `ageing`."""
+        raise NotImplementedError
 
     def score(self, prompt: Prompt) -> torch.Tensor:
         """[t], float32, of a prompt's tokens; asked of policies that `needs_scores`."""
@@ -87,11 +88,9 @@ class RetentionOptions(Options):
 
     Attributes:
         takes_budget: whether a budget says how many pages stay.
-        merges: whether older pages become fewer.
     """
 
     takes_budget: ClassVar[bool] = True
-    merges: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, fitted: Mapping[str, torch.Tensor] | None = None) -> RetentionPolicy | None:
@@ -103,6 +102,11 @@ class RetentionOptions(Options):
         Raises:
             ValueError: the policy lacks something; names it and the remedy.
         """
+
+    @property
+    def tiers(self) -> TierPlan | None:
+        """Where pages lie that all stay; None: where they are computed."""
+        return None
 
     @property
     def use_threshold(self) -> float | None:
@@ -130,8 +134,10 @@ def beyond(
 
 
 def best_first(stats: PageStats, utility: torch.Tensor) -> torch.Tensor:
-    """[r, m], int64: columns by falling utility, the newer first among equals, padding last."""
-    by_age = stats.newest.masked_fill(~stats.is_page, -1).argsort(dim=1, descending=True)
+    """[r, m], int64: columns by falling utility, the newer first among equals, padding last; of
+    pages as old, of two layers say, the first column."""
+    newest = stats.newest.masked_fill(~stats.is_page, -1)
+    by_age = newest.argsort(dim=1, descending=True, stable=True)
     utility = utility.masked_fill(~stats.is_page, -torch.inf)
     return by_age.gather(1, utility.gather(1, by_age).argsort(dim=1, descending=True, stable=True))
 

@@ -5,7 +5,7 @@ Legend: r sequences, s shards.
 
 import math
 from abc import abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ByteSize, Field, model_validator
@@ -23,6 +23,16 @@ class Budget(Options):
         False, description="whether the shards of a rank have their limits together, for the "
         "pages that are worth most in any of them"
     )
+
+    @property
+    def across(self) -> dict[str, Any]:
+        """How far limits are had together, in the words of a configuration."""
+        return {"across_shards": self.across_shards}
+
+    @property
+    def joins_layers(self) -> bool:
+        """Whether layers have their limits together."""
+        return False
 
     def for_layer(self, number: int, num_layers: int, num_paged: int) -> "Budget":
         """The budget of layer `number`, from 0, of `num_layers`, of which `num_paged` have pages.
@@ -46,12 +56,29 @@ class Budget(Options):
 class PageBudget(Budget):
     """A limit on the pages of each sequence and shard."""
 
+    across_layers: float = Field(
+        1.0, ge=1, description="times its own limit that a layer may keep at most; above 1, layers "
+        "have their limits together, for the pages that are worth most in any of them"
+    )
+
+    @property
+    def across(self):
+        return {**super().across, "across_layers": self.across_layers}
+
+    @property
+    def joins_layers(self):
+        return self.across_layers > 1
+
     def in_store(self, page_bytes, num_sequences, num_shards):
         return self
 
     @abstractmethod
     def limit(self, num_sealed: torch.Tensor) -> torch.Tensor:
         """[r, s], int64: pages that stay of num_sealed [r, s], those ever sealed in each shard."""
+
+    @abstractmethod
+    def of_rank(self, num_pages: int, num_shards: int) -> int:
+        """Pages that stay of a rank's, those of all sequences in their `num_shards` shards."""
 
     @abstractmethod
     def most(self, num_sealed: int, num_shards: int) -> int:
@@ -69,6 +96,9 @@ class ShareBudget(PageBudget):
     def limit(self, num_sealed):
         return (num_sealed * self.keep).ceil().long()
 
+    def of_rank(self, num_pages, num_shards):
+        return math.ceil(num_pages * self.keep)
+
     def most(self, num_sealed, num_shards):
         # Each shard rounds up.
         return min(num_sealed, math.ceil(num_sealed * self.keep) + num_shards - 1)
@@ -82,6 +112,9 @@ class PagesBudget(PageBudget):
 
     def limit(self, num_sealed):
         return num_sealed.clamp(max=self.pages)
+
+    def of_rank(self, num_pages, num_shards):
+        return min(num_pages, self.pages * num_shards)
 
     def most(self, num_sealed, num_shards):
         return min(num_sealed, self.pages * num_shards)
@@ -109,7 +142,7 @@ class PyramidBudget(ShareBudget):
     def for_layer(self, number, num_layers, num_paged):
         slope = 1 - 2 * number / (num_layers - 1) if num_layers > 1 else 0.0
         keep = self.keep * (1 + self.steepness * slope)
-        return ShareBudget(keep=keep, across_shards=self.across_shards)
+        return ShareBudget(keep=keep, **self.across)
 
 
 class BytesBudget(Budget):

@@ -5,7 +5,6 @@ Legend: ng KV heads, g query heads a KV head, c groups of pages, S tokens a page
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from pikv_megatron.retention.base import RetentionOptions, RetentionPolicy
@@ -25,7 +24,6 @@ class TokenEvictionOptions(RetentionOptions):
 
     needs_calibration: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = False
-    merges: ClassVar[bool] = True
 
     def build(self, fitted=None):
         queries = ExpectedQueries.of(fitted, self.name, self.horizon)
@@ -43,10 +41,6 @@ class TokenEvictionPolicy(RetentionPolicy):
 
     def __init__(self, queries: ExpectedQueries, ageing: Ageing):
         self._queries, self.ageing = queries, ageing
-
-    def utility(self, stats):
-        """Pages go when they are merged, and not otherwise."""
-        return torch.ones_like(stats.newest, dtype=torch.float32)
 
     def merge(self, keys, values, positions):
         shares = self._queries.logits(keys, values, positions).softmax(dim=3).mean(dim=1)

@@ -1,8 +1,8 @@
 """Which shards a query visits.
 
-What a router learns belongs to one sequence and lies on its home rank: no rank has to be told, and
-what a sequence reads does not depend on its batch, nor, where its shards are the same, on the
-number of ranks.
+What a router learns while it runs belongs to one sequence and lies on its home rank: no rank has to
+be told, and what a sequence reads does not depend on its batch, nor, where its shards are the same,
+on the number of ranks. What serves other sequences, too, does so from the next run on.
 
 Legend: n sequences, N shards.
 """
@@ -15,6 +15,7 @@ import torch
 from pikv_megatron.options import Options
 from pikv_megatron.relevance import Ask
 from pikv_megatron.router.linear_gate import LinearGate
+from pikv_megatron.router.visits import VisitSums
 
 
 class KVRouter(ABC):
@@ -22,9 +23,11 @@ class KVRouter(ABC):
 
     Attributes:
         learns: it is to be told what the shards that were visited had of the attention.
+        visits: what it knows of visits to any shard, which outlives the run; None: nothing.
     """
 
     learns = False
+    visits: VisitSums | None = None
 
     @abstractmethod
     def visit(self, ask: Ask) -> torch.Tensor:
@@ -43,7 +46,7 @@ class KVRouter(ABC):
         """The sequence of a slot of this rank ended."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is kept."""
+        """What is kept of sequences."""
         return []
 
 
@@ -53,9 +56,13 @@ class RouterOptions(Options):
     Attributes:
         expert_source: who says by experts what shards are worth, `moe`, `previous` or `gate` of
             `GateOptions.source`; None: no one.
+        keeps_learned: the router has `KVRouter.visits`.
+        needs_newest: the router asks which shard holds the newest page.
     """
 
     expert_source: ClassVar[str | None] = None
+    keeps_learned: ClassVar[bool] = False
+    needs_newest: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, num_slots: int, num_shards: int, device: torch.device) -> KVRouter | None:

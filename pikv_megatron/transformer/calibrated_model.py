@@ -4,13 +4,11 @@ Shapes say little: a fine-tuned model has those of its base. What layers make of
 whatever the type of the weights and the number of ranks.
 """
 
-from pathlib import Path
-
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from pikv_megatron.calibrated import REMEDY, load_calibrated
+from pikv_megatron.calibrated import REMEDIES, Calibrated
 
 NAME = "model.outputs"
 # Of 16-bit weights beside their own float32 ones.
@@ -22,23 +20,24 @@ def output_norms(attention: torch.nn.Module) -> Tensor:
     return attention.value_outputs().detach().float().square().sum(dim=(1, 3)).sqrt()
 
 
-def check_calibrated_model(path: Path, model: GPTModel) -> None:
+def check_calibrated_model(calibrated: Calibrated, model: GPTModel) -> None:
     """See that a file is of this model.
 
     Raises:
         ValueError: it is of another one, which is named.
     """
-    manifest, layers = load_calibrated(path)
-    for number, fitted in layers.items():
+    path, key, manifest, layers = calibrated
+    for number, layer in layers.items():
         if number >= len(model.decoder.layers):
             is_same = False
         else:
             own = output_norms(model.decoder.layers[number].self_attention).cpu()
-            is_same = own.shape == fitted[NAME].shape and torch.allclose(
-                own, fitted[NAME], rtol=TOLERANCE, atol=1e-6
+            fitted = layer[NAME]
+            is_same = own.shape == fitted.shape and torch.allclose(
+                own, fitted, rtol=TOLERANCE, atol=1e-6
             )
         if not is_same:
             raise ValueError(
-                f"calibration {path}: it was made of the model {manifest.get('model')!r}, and "
-                f"layer {number} of this one has other weights: {REMEDY}"
+                f"{key} {path}: it was made of the model {manifest.get('model')!r}, and layer "
+                f"{number} of this one has other weights: {REMEDIES[key]}"
             )

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Callable, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import deepspeed.comm as dist
 import torch
@@ -21,11 +21,13 @@ from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step_plan import StepPlan
 from pikv_megatron.cache.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.cache.stream_window import StreamWindow
+from pikv_megatron.cache.tiers import Tiers
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.parallel.allgather import AllGatherDispatcher
 from pikv_megatron.parallel.alltoall import AllToAllDispatcher
 from pikv_megatron.parallel.dispatcher import KVDispatcher, LocalDispatcher
+from pikv_megatron.router.visits import VisitSums
 from pikv_megatron.sketch.none import NoSketchOptions
 from pikv_megatron.transformer.calibrated_model import check_calibrated_model
 from pikv_megatron.transformer.layer_shapes import layer_shapes
@@ -47,6 +49,9 @@ class PiKVInferenceContext(StaticInferenceContext):
         specs: the model's layers, `config.resolve`d.
         ep_group: the expert-parallel group; None for a single rank.
         pads_evenly: all ranks must forward the same number of tokens.
+
+    Attributes:
+        tiers: pages that leave the device.
 
     Raises:
         ValueError: the group's size does not divide the number of shards.
@@ -73,9 +78,15 @@ class PiKVInferenceContext(StaticInferenceContext):
         sources = [layer.expert_source for layer in self.layers.values()]
         self.keeps_last_experts = "previous" in sources
         self.last_experts: torch.Tensor | None = None
-        peers = [layer for layer in self.sharded_layers if layer.store.keeper.sums_layers]
-        for layer in peers:
-            layer.peers = peers
+        peers = [
+            layer.verdicts for layer in self.sharded_layers if layer.store.keeper.joins_layers
+        ]
+        for verdicts in peers:
+            verdicts.peers = peers
+        full = self.sharded_layers
+        self.tiers = Tiers(
+            [layer.store for layer in full], [layer.spec.options.retention.tiers for layer in full]
+        )
 
     @classmethod
     def for_model(
@@ -87,9 +98,11 @@ class PiKVInferenceContext(StaticInferenceContext):
         Raises:
             ValueError: the configuration does not fit the model, or the calibration is of another.
         """
-        if config.calibration is not None:
-            check_calibrated_model(config.calibration, model)
-        specs = config.resolve(layer_shapes(model))
+        files = config.open_files()
+        for file in files:
+            if file is not None:
+                check_calibrated_model(file, model)
+        specs = config.resolve(layer_shapes(model), files)
         for spec, layer in zip(specs, model.decoder.layers):
             source = spec.options.router.expert_source
             if source is not None and not hasattr(layer.mlp, "router"):
@@ -108,6 +121,15 @@ class PiKVInferenceContext(StaticInferenceContext):
     def sharded_layers(self) -> list[LayerCache]:
         """The layers whose queries see all tokens."""
         return [layer for layer in self.layers.values() if isinstance(layer, LayerCache)]
+
+    @property
+    def visits(self) -> dict[int, VisitSums]:
+        """What routers know of visits to any shard, by the numbers of their layers."""
+        routers = {layer.spec.number: layer.router for layer in self.sharded_layers}
+        return {
+            number: router.visits for number, router in routers.items()
+            if router is not None and router.visits is not None
+        }
 
     @property
     def num_pages(self) -> tuple[tuple[int, ...], ...]:
@@ -166,13 +188,16 @@ class PiKVInferenceContext(StaticInferenceContext):
         larger chunks than configured; pools then grow.
 
         Raises:
-            ValueError: the cache of some rank would exceed `memory_limit`; nothing was allocated.
+            ValueError: the cache of some rank would exceed `memory_limit`, and nothing was
+                allocated; or some rank has no space for the pages that lie in a file.
         """
         wanted = [(layer, *self._wanted_pages(layer, lengths)) for layer in self.sharded_layers]
         if self.pikv_config.memory_limit is not None:
             self._check_memory(sum(layer.growth_bytes(*pages) for layer, *pages in wanted))
         for layer, *pages in wanted:
             layer.reserve(*pages)
+        if self.tiers:
+            self._hold_space()
 
     def keep_all_logits(self) -> None:
         """Let the model give logits for all tokens of a step, as all sequences lie one behind the
@@ -213,7 +238,12 @@ class PiKVInferenceContext(StaticInferenceContext):
             self.plan = own
 
     def finish_step(self) -> None:
-        """Move the sequences on, after the last layer."""
+        """Move the sequences on, after the last layer.
+
+        Raises:
+            ValueError: a page that was to be read is lost, and the driver does not ask for that.
+        """
+        self.tiers.check_losses()
         self.plan.finish()
         self.plan = None
         self._driven = False
@@ -265,17 +295,20 @@ class PiKVInferenceContext(StaticInferenceContext):
     ) -> tuple[int, int, int, int]:
         """Pages to be free on this rank, and of its own sequences on all ranks; the most that any
         sequence comes to have here; and those of the first that are to grow old."""
-        # What a prompt's chunk fills is dropped after it was filled.
-        chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
-        owned = chunk if layer.store.keeper.exceeds else 0
-        noted, old = chunk if layer.store.keeper.drops else 0, 0
+        owned = noted = old = passing = listed = 0
         for sequence, length in lengths:
             home = sequence.slot // self.max_batch_size
-            here, growing = self._missing_pages(layer, sequence, length, home == self.rank)
-            owned, old = owned + here, old + growing
+            here = self._missing_pages(layer, sequence, length, home == self.rank)
+            owned, old = owned + here.stay, old + here.old
+            passing += here.pass_on
             if home == self.rank:
-                far, _ = self._missing_pages(layer, sequence, length, at_home=False)
-                noted += here + (self.num_ranks - 1) * far
+                far = self._missing_pages(layer, sequence, length, at_home=False)
+                noted += here.stay + (self.num_ranks - 1) * far.stay
+                listed += here.go + (self.num_ranks - 1) * far.go
+        # What a prompt's chunk fills is dropped, or packed anew, after it was filled.
+        chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
+        owned += min(chunk, passing)
+        noted += min(chunk, listed)
         longest = max((length for _, length in lengths), default=0)
         most = self.footprint.most_pages(self._num_in_shards(longest))
         return owned, noted, layer.store.keeper.num_columns(most), old
@@ -283,29 +316,48 @@ class PiKVInferenceContext(StaticInferenceContext):
     def _check_memory(self, growth: int) -> None:
         """Refuse on all ranks what is too much for one of them."""
         limit = self.pikv_config.memory_limit
-        needed = torch.tensor(self.allocated_bytes() + growth)
-        if self.num_ranks > 1:
-            # On the device that the group's backend works with.
-            device = self.layers[min(self.layers)].spec.kv.device
-            needed = needed.to(device)
-            dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=self.ep_group)
-        if int(needed) > limit:
+        needed = self._most_of_all(self.allocated_bytes() + growth)
+        if needed > limit:
             raise ValueError(
                 f"memory_limit {limit.human_readable()}: a rank's cache would take "
-                f"{ByteSize(int(needed)).human_readable()}; send fewer or shorter sequences, keep "
+                f"{ByteSize(needed).human_readable()}; send fewer or shorter sequences, keep "
                 "fewer pages (retention, codec), use more ranks, or raise the limit"
             )
 
+    def _hold_space(self) -> None:
+        """Refuse on all ranks what one of them has no space for; a plan holds none."""
+        if self.layers[min(self.layers)].spec.kv.device.type == "meta":
+            return
+        error = self.tiers.hold_space()
+        if self._most_of_all(int(error is not None)):
+            own = f": {error}" if error is not None else ", on another rank"
+            raise ValueError(
+                f"retention.directory: no file could be made for pages, or it has too little space"
+                f"{own}; name another directory, keep more pages in memory (retention.host), or "
+                "send fewer or shorter sequences"
+            ) from error
+
+    def _most_of_all(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        # On the device that the group's backend works with.
+        device = self.layers[min(self.layers)].spec.kv.device
+        most = torch.tensor(number, device=device)
+        if self.num_ranks > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.ep_group)
+        return int(most)
+
     def _missing_pages(
         self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool
-    ) -> tuple[int, int]:
-        """Pages that a sequence of `length` tokens, spread evenly, needs on a rank besides those
-        that it has, and how many of them are to grow old."""
-        store, later = layer.store, self._num_in_shards(length)
-        wanted = store.keeper.num_columns(self.footprint.enough_pages(later, at_home))
+    ) -> "_MissingPages":
+        """Of a sequence of `length` tokens, spread evenly, on a rank."""
+        keeper, later = layer.store.keeper, self._num_in_shards(length)
+        filled = self.footprint.enough_pages(later, at_home)
         now = sequence.flushed - self.pikv_config.num_sinks
-        held = store.keeper.num_columns(self.footprint.full_pages(now, at_home))
-        return wanted - held, store.keeper.num_old(wanted) - store.keeper.num_old(held)
+        wanted = keeper.num_columns(filled)
+        held = keeper.num_columns(self.footprint.full_pages(now, at_home))
+        old = keeper.num_old(wanted)
+        go = filled - wanted
+        return _MissingPages(wanted - held, old - keeper.num_old(held), go, go + old)
 
     def _num_in_shards(self, length: int) -> int:
         """Tokens in shards of a sequence of `length`, at most."""
@@ -343,6 +395,11 @@ class PiKVInferenceContext(StaticInferenceContext):
 
         Megatron allocates a new batch's whole capacity, and so does this.
         """
+        if self.tiers.needs_file:
+            raise ValueError(
+                "retention.host: a page that is lost in a file ends its sequence with an error, "
+                "and Megatron's engine has none for a sequence; set host to 1, or call generate"
+            )
         if self.plan is not None:
             self.plan.finish()
         self._first_layer = layer_number
@@ -368,3 +425,19 @@ class PiKVInferenceContext(StaticInferenceContext):
                     self.release(self._sequences[slot])
                 self._sequences[slot] = CachedSequence(slot, flushed=self.pikv_config.num_sinks)
         return [StepRow(self._sequences[slot], count) for slot in slots]
+
+
+class _MissingPages(NamedTuple):
+    """What a sequence needs on a rank besides the pages that it has.
+
+    Attributes:
+        stay: pages.
+        old: those of them that are to grow old.
+        go: pages that it fills and that do not stay.
+        pass_on: pages that it fills and that do not stay as they are.
+    """
+
+    stay: int
+    old: int
+    go: int
+    pass_on: int

@@ -49,6 +49,7 @@ def test_contestants_agree_on_two_ranks(files):
         for timings in found:
             assert max(timing.difference for timing in timings.values()) < 1e-4
             assert not timings[GROUPED].traffic
+            assert min(timing.collective_ms for timing in timings.values()) > 0
             assert rank or timings["plain"].traffic.measured == timings["plain"].traffic.planned > 0
 
 

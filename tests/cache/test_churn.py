@@ -16,7 +16,9 @@ class Churn(RuleBasedStateMachine):
 
     @initialize(
         page_size=st.integers(1, 5), window=st.integers(0, 6), shards=st.sampled_from([1, 4]),
-        retention=st.sampled_from(["all", "h2o", "streaming"]),
+        retention=st.sampled_from([
+            "all", "h2o", "streaming", {"name": "flexgen", "host": 0.2},
+        ]),
         selector=st.sampled_from(["all", "budget", {"name": "mass", "tail": "mean"}]),
         pinned=st.sampled_from([0, 0, 17]),
     )
@@ -71,7 +73,7 @@ class Churn(RuleBasedStateMachine):
             assert torch.isin(pinned.int(), stored).all(), "a pinned token was dropped"
             owned, noted = (t.pages_of(s.slot) for t in (store.table, directory.table))
             assert torch.equal(store.pool.shard[owned].long(), directory.shard[noted])
-            keys = store.pool.kv.keys[:, owned]
+            keys, _ = store.restore(owned, torch.full_like(owned, s.slot))
             assert torch.equal(directory.sketch.low[:, noted], keys.amin(2))
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from pikv_megatron.inference import report
 from pikv_megatron.inference.progress import progress
 from pikv_megatron.inference.report import RankUsage, RunClock, report_table
+from pikv_megatron.types import Recalled
 
 
 def clock_of(monkeypatch, steps, times):
@@ -39,12 +40,15 @@ def test_table_shows_ranges_over_ranks(monkeypatch):
     clock = clock_of(monkeypatch, [[1], [2], [3]], [0.0, 1.0, 2.0, 3.0])
     usages = [
         RankUsage(1000, 4000, {"pikv_query": 200, "pikv_flush": 0}),
-        RankUsage(2000, 4000, {"pikv_query": 200, "pikv_flush": 100}),
+        RankUsage(
+            2000, 4000, {"pikv_query": 200, "pikv_flush": 100}, 9000, 0, Recalled(6, 3, 1, 0.03)
+        ),
     ]
     text = rendered(report_table(clock, 1234, 3, usages))
     for expected in (
         "1,234 in 1.00 s", "1.0 kB to 2.0 kB", "4.0 kB", "0.500", "100 bytes to 150 bytes",
-        "0 bytes to 50 bytes",
+        "0 bytes to 50 bytes", "0 bytes to 9.0 kB", "3.0 of host memory, 1.5 of files, 0.5 read",
+        "15.00 ms",
     ):
         assert expected in text
 

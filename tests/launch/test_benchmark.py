@@ -70,6 +70,7 @@ def test_file_is_complete(report):
         assert list(result["contestants"]) == [GROUPED, SDPA, "plain", "boxes", "heavy", STOCK]
         for name, figures in result["contestants"].items():
             assert len(figures["step_ms"]) == 6 and 0 < figures["attention_ms"]
+            assert figures["collective_ms"] == 0  # of one rank
             assert figures["is_lossless"] == (name not in LOSSY)
             assert figures["difference"] < 1e-4 or name in LOSSY
             assert figures["mean_ms"] == pytest.approx(sum(figures["step_ms"]) / 6)

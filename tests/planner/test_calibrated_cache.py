@@ -23,9 +23,8 @@ def model(one_rank):
 
 
 @pytest.mark.parametrize("name", ["expected_attention", "quest", "duo"])
-def test_a_calibrated_cache_takes_what_is_planned(model, one_rank, name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    pikv = PiKVConfig.from_file(f"configs/retention/{name}.yaml")
+def test_a_calibrated_cache_takes_what_is_planned(model, one_rank, name):
+    pikv = PiKVConfig.from_file(ROOT / f"configs/retention/{name}.yaml")
     architecture = read_architecture(MODEL)
     engine = Engine(
         model, pikv, one_rank.ep, architecture.vocab_size, architecture.max_sequence_length, BATCH

@@ -38,6 +38,7 @@ FOLDERS = "configs/pikv", "configs/methods"
 # What is decoded, too; and by how much steps may send more or less than is planned.
 DECODED = {
     "lossless": 0.0, "h2o": 0.0, "adakv_half": 0.0, "int4": 0.0, "route_round_robin": 0.0,
+    "flexgen_8th": 0.0,
     "low_rank_mass": 0.03,  # the columns of its header grow while steps are counted
     "keys_8th": 0.03,
     "allgather": 0.0,
@@ -63,6 +64,7 @@ class Run:
 
     Attributes:
         most: bytes of this rank's cache, the most of them while any sequence ran.
+        lower: bytes of its pages in host memory and in files.
         sent: by operation, in a decode step.
     """
 
@@ -74,6 +76,7 @@ class Run:
         ]
         self._engine.add([Request(prompt, NEW) for prompt in prompts])
         self.most = self._engine.context.allocated_bytes()
+        self.lower = self._engine.context.tiers.num_bytes
         self.sent: dict[str, float] = {}
         if is_decoded:
             self._decode(pikv.flush_interval)
@@ -117,6 +120,7 @@ def run(model, pg, caches: dict[str, PiKVConfig]) -> dict:
     return {
         "weights": sum(t.nbytes for t in named_tensors(model).values()),
         "most": {name: run.most for name, run in runs.items()},
+        "lower": {name: run.lower for name, run in runs.items()},
         "sent": {name: run.sent for name, run in runs.items()},
     }
 
@@ -146,6 +150,7 @@ def check(
             assert max(most) >= planned, name
             continue
         assert most[0] == max(most) == planned, name
+        assert by_rank[0]["lower"][name] == cache.lower_bytes(), name
         if name in DECODED:
             check_traffic(name, by_rank[0]["sent"][name], decode_traffic(target, cache)._asdict())
 

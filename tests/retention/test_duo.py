@@ -94,6 +94,7 @@ def test_heads_that_stream_have_no_say():
     ({"expert_shards": 2}, "with expert_shards 2 a page holds other tokens in each"),
     ({"budget": "pyramid"}, "give them one budget"),
     ({"budget": "bytes"}, "give them one budget"),
+    ({"budget": {"name": "pages", "across_layers": 2}}, "give them one budget.*across_layers"),
     ({"codec": {"transform": {"name": "pyramidkv", "young": 1}}}, "pools pages of each by itself"),
 ])
 def test_what_parts_the_layers_is_refused(calibration, fields, message):

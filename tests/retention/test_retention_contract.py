@@ -9,6 +9,7 @@ from pikv_megatron import PiKVConfig, PiKVInferenceContext
 from pikv_megatron.cache.pinned import Pinned
 from pikv_megatron.options import members
 from pikv_megatron.retention.adakv import AdaKVOptions
+from pikv_megatron.retention.base import RetentionPolicy
 from pikv_megatron.retention.budget import PagesBudget, RetentionBudget, ShareBudget
 from pikv_megatron.retention.h2o import H2OPolicy
 from pikv_megatron.retention.lru import LRUPolicy
@@ -20,6 +21,12 @@ from pikv_megatron.types import PageStats
 
 POLICIES = {name: kind for name, kind in members(Retention).items() if kind.extra is None}
 BUDGETS = members(RetentionBudget)
+
+
+def policy_of(name: str) -> RetentionPolicy | None:
+    """None where a budget of pages does not apply: all stay, or older ones become fewer."""
+    policy = POLICIES[name]().build(drawn_calibration())
+    return policy if policy is not None and policy.ageing is None else None
 
 
 def drawn_stats(num_sequences: int = 4, num_columns: int = 9) -> PageStats:
@@ -42,7 +49,7 @@ def drawn_stats(num_sequences: int = 4, num_columns: int = 9) -> PageStats:
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("limit", [0, 1, 4, 100])
 def test_as_many_pages_stay_as_the_limit_says(name, limit):
-    policy, stats = POLICIES[name]().build(drawn_calibration()), drawn_stats()
+    policy, stats = policy_of(name), drawn_stats()
     if policy is None:
         return
     drop = policy.drop(stats, torch.full((4, 2), limit))
@@ -55,7 +62,7 @@ def test_as_many_pages_stay_as_the_limit_says(name, limit):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_a_shard_keeps_does_not_depend_on_the_others_of_its_rank(name):
-    policy, both = POLICIES[name]().build(drawn_calibration()), drawn_stats()
+    policy, both = policy_of(name), drawn_stats()
     if policy is None:
         return
     together = policy.drop(both, torch.full((4, 2), 2))
@@ -117,7 +124,7 @@ def test_adakv_keeps_the_fewest_pages_that_hold_the_target():
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_pinned_pages_stay_and_fill_the_budget_first(name):
-    policy, stats = POLICIES[name]().build(drawn_calibration()), drawn_stats()
+    policy, stats = policy_of(name), drawn_stats()
     if policy is None:
         return
     oldest, limit = stats.newest - 3, torch.full((4, 2), 2)

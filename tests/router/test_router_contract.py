@@ -70,7 +70,7 @@ class SkewedAsk(Ask):
     def __init__(self, slots: torch.Tensor, scores: torch.Tensor, position: int):
         n, num_shards = scores.shape
         page = torch.arange(num_shards).expand(n, 1, num_shards)
-        directory = Directory(page, page >= 0, page, num_shards)
+        directory = Directory(page, page >= 0, page, num_shards, page)
         positions = torch.full_like(slots, position)
         query = torch.zeros(n, 1, 8)
         super().__init__(query, slots, positions, directory, GivenScores(scores))

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
+from pikv_megatron.benchmarks.model.collectives import collective_clocks
 from pikv_megatron.benchmarks.model.contestants import build_contestants, workload_of
 from pikv_megatron.benchmarks.model.decoding import Contestant
 from pikv_megatron.benchmarks.model.operator_calls import attention_calls
@@ -31,6 +32,7 @@ class Timing:
     Attributes:
         step_ms: of every step, milliseconds.
         attention_ms: mean time in attention a step, milliseconds, of further steps.
+        collective_ms: of the same steps, in all collectives of the model.
         operator_calls: torch operators that a layer's attention calls in a step without a flush.
         cache_bytes: of the cache, on the rank that has most.
         traffic: bytes that a PiKV cache sends in a step; None: not one, or alone.
@@ -40,6 +42,7 @@ class Timing:
 
     step_ms: list[float]
     attention_ms: float
+    collective_ms: float
     operator_calls: float
     cache_bytes: int
     traffic: StepTraffic | None
@@ -117,15 +120,17 @@ def measure(
             name: stack.enter_context(attention_clock(contestant, clock))
             for name, contestant in contestants.items()
         }
+        collectives = stack.enter_context(collective_clocks(contestants, clock))
         race.run(last, on_step)
     calls = _count_calls(contestants, counted, on_step)
     sent = traffic(options, contestants, metered, on_step)
     differences = race.check()
     timings = {}
     for name, contestant in contestants.items():
-        *steps, attending = of_ranks(options.clock, [*seconds[name], attention[name].seconds])
+        parts = attention[name].seconds / extra, collectives[name].seconds / extra
+        *steps, attending, exchanging = of_ranks(options.clock, [*seconds[name], *parts])
         timings[name] = Timing(
-            [1e3 * s for s in steps], 1e3 * attending / extra, calls[name],
+            [1e3 * s for s in steps], 1e3 * attending, 1e3 * exchanging, calls[name],
             _most(contestant.cache_bytes()), sent.get(name), differences[name],
             contestant.is_lossless,
         )

@@ -42,11 +42,20 @@ class PiKVContestant(Contestant):
             model, pikv, -(-batch_size // num_ranks), workload.capacity
         )
         self.context.keep_all_logits()
+        self._sequences = [self.context.start(rank) for rank in range(num_ranks)]
+        self._feed_one_token()
         self._sequences = [self.context.start(i % num_ranks) for i in range(batch_size)]
         self._column = {self._sequences[i].slot: column for column, i in enumerate(self._own)}
         self.context.reserve([(s, workload.capacity) for s in self._sequences])
         caches = self.context.layers.values()
         self.is_lossless = all(is_lossless(cache.spec.options) for cache in caches)
+
+    def _feed_one_token(self) -> None:
+        """To sequences that end with it: the cache learns how the model rotates its keys."""
+        plan = self._begin_step([1] * len(self._sequences))
+        self._run(torch.zeros_like(plan.tokens.positions), plan)
+        for sequence in self._sequences:
+            self.context.release(sequence)
 
     def fill(self, layers):
         chunk = self.pikv.prefill_chunk_size
@@ -61,12 +70,7 @@ class PiKVContestant(Contestant):
         plan = self._begin_step([1] * self.workload.batch_size)
         ids = torch.zeros_like(plan.tokens.positions)
         ids[: plan.num_tokens] = tokens[self._own].to(self.device)
-        logits = self.model(
-            ids.unsqueeze(0), plan.tokens.positions.unsqueeze(0), None,
-            inference_context=self.context, runtime_gather_output=True,
-        )
-        self.context.finish_step()
-        return logits[0, : plan.num_tokens]
+        return self._run(ids, plan)[0, : plan.num_tokens]
 
     def cache_bytes(self):
         return self.context.allocated_bytes()
@@ -74,12 +78,7 @@ class PiKVContestant(Contestant):
     def prefill(self, prompt):
         chunk = self.pikv.prefill_chunk_size
         for part in prompt.to(self.device).split(chunk):
-            plan = self._begin_step([len(part)])
-            self.model(
-                part.unsqueeze(0), plan.tokens.positions.unsqueeze(0), None,
-                inference_context=self.context, runtime_gather_output=True,
-            )
-            self.context.finish_step()
+            self._run(part, self._begin_step([len(part)]))
 
     def _begin_step(self, counts: Sequence[int]) -> StepPlan:
         """Feed so many tokens to each sequence; to those with less than one, none."""
@@ -90,6 +89,16 @@ class PiKVContestant(Contestant):
                 rows[index % num_ranks].append(StepRow(sequence, count))
         self.context.begin_step(rows, self.device)
         return self.context.plan
+
+    @torch.no_grad()
+    def _run(self, ids: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """Feed tokens [t]; logits [1, t, vocabulary]."""
+        logits = self.model(
+            ids.unsqueeze(0), plan.tokens.positions.unsqueeze(0), None,
+            inference_context=self.context, runtime_gather_output=True,
+        )
+        self.context.finish_step()
+        return logits
 
     def _store(self, number: int, layer: LayerKV, plan: StepPlan) -> None:
         """What a forward pass over a step's tokens does with the cache of a layer."""

@@ -30,12 +30,13 @@ def report_tables(options: BenchmarkOptions, result: BenchmarkResult) -> list[Ta
 def _times(options: BenchmarkOptions, result: BenchmarkResult) -> Table:
     table = _table(
         f"{UNITS[options.clock]} per decode step: mean (median) of {options.steps}",
-        "step", "in\nattention", "operator\ncalls", "difference",
+        "step", "in\nattention", "in\ncollectives", "operator\ncalls", "difference",
     )
     table.caption = (
-        "attention: from RoPE to the output, without the projections on either side; operator "
-        "calls: torch operators that it calls a layer in a step without a flush; difference: of "
-        "the logits from the first contestant's, as a share of the largest"
+        "attention: from RoPE to the output, without the projections on either side; collectives: "
+        "posting them and waiting, attention's among them; operator calls: torch operators that it "
+        "calls a layer in a step without a flush; difference: of the logits from the first "
+        "contestant's, as a share of the largest"
     )
     if result.latency_ms is not None:
         table.caption += (
@@ -52,7 +53,7 @@ def _times(options: BenchmarkOptions, result: BenchmarkResult) -> Table:
 def _cells(timing: Timing) -> list[str]:
     return [
         f"{timing.mean_ms:.2f} ({timing.median_ms:.2f})", f"{timing.attention_ms:.2f}",
-        f"{timing.operator_calls:.1f}", f"{timing.difference:.0e}",
+        f"{timing.collective_ms:.2f}", f"{timing.operator_calls:.1f}", f"{timing.difference:.0e}",
     ]
 
 

@@ -95,8 +95,8 @@ class Race:
             self.differences[name].append(difference if difference >= 0 else float("inf"))
 
 
-class AttentionClock:
-    """Sums the time that a model spends in attention: see `around_attention`."""
+class PartClock:
+    """Sums the time that a model spends in a part of its steps."""
 
     def __init__(self, clock: Clock):
         self.seconds = 0.0
@@ -111,9 +111,9 @@ class AttentionClock:
 
 
 @contextmanager
-def attention_clock(contestant: Contestant, clock: Clock) -> Iterator[AttentionClock]:
+def attention_clock(contestant: Contestant, clock: Clock) -> Iterator[PartClock]:
     """Time a contestant's attention for the length of a `with` block."""
-    attention = AttentionClock(clock)
+    attention = PartClock(clock)
     with around_attention(contestant, attention.start, attention.stop):
         yield attention
 
