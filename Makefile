@@ -60,10 +60,10 @@ endif
 	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 
-# One of the two workers has the tests that start processes: see tests/conftest.py.
+# Two workers, as many tests use one core only; a file's tests share what they set up.
 test: venv
 	$(if $(filter 0,$(NUM_GPUS)),DS_ACCELERATOR=cpu) $(VENV)/bin/python -m pytest \
-		--numprocesses 2 --dist loadgroup
+		--numprocesses 2 --dist loadfile
 
 demo: venv
 	$(if $(filter 0 1,$(NUM_GPUS)),$(ON_CPU)) $(VENV)/bin/deepspeed --num_accelerators $(RANKS) \

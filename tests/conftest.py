@@ -17,19 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
 
-# What modules import that start processes of their own, which use every core.
-STARTERS = {"run_ranks", "launch", "run_alone", "subprocess"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """Where two workers share the tests (`make test`), one has all that start processes."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        if STARTERS & set(vars(item.module)):
-            item.add_marker(pytest.mark.xdist_group("processes"))
-
 
 @pytest.fixture(scope="module", autouse=True)
 def restored_environment():
