@@ -357,8 +357,8 @@ def _check_tiered(options: LayerOptions, codec: PageCodec) -> None:
     found = next((said for said, is_so in others.items() if is_so), None)
     if found is not None:
         raise ValueError(
-            f"retention {options.retention.name} moves pages between tiers as they were sealed, and "
-            f"{found}: leave one of them out, or name another sketch"
+            f"retention {options.retention.name} moves pages between tiers as they were sealed, "
+            f"and {found}: leave one of them out, or name another sketch"
         )
 
 

@@ -18,7 +18,7 @@ from kvpress.utils import get_prerope_query_states
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
 from pikv_megatron.retention.keep_all import KeepAllOptions

@@ -9,7 +9,7 @@ and values, W tokens of the window.
 
 import torch
 
-from pikv_megatron.cache.step_plan import StepPlan
+from pikv_megatron.cache.step.step_plan import StepPlan
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.append_kv import append_kv
 from pikv_megatron.ops.decode_attention import decode_attention

@@ -11,7 +11,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from pikv_megatron.cache.step_rows import CachedSequence, StepRow
+from pikv_megatron.cache.step.step_rows import CachedSequence, StepRow
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.inference.model_runner import only_tokens
 from pikv_megatron.transformer.context import PiKVInferenceContext

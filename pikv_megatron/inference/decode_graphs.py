@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from pikv_megatron.cache.step_plan import StepPlan
+from pikv_megatron.cache.step.step_plan import StepPlan
 from pikv_megatron.transformer.context import PiKVInferenceContext
 
 # Tokens [1, T] and a step's plan -> logits [1, T, vocab].

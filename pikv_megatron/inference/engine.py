@@ -14,7 +14,7 @@ import deepspeed.comm as dist
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from pikv_megatron.cache.disk_tier import Loss
+from pikv_megatron.cache.tiers.disk_tier import Loss
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.inference.homes import deal_homes
 from pikv_megatron.inference.learned import save_learned

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from pikv_megatron.cache.step_plan import StepPlan
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_plan import StepPlan
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.inference.decode_graphs import DecodeGraphs, check_graphs, record_on_cuda
 from pikv_megatron.inference.schedule import Feed, FeedsByRank
 from pikv_megatron.transformer.context import PiKVInferenceContext

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pikv_megatron.cache.step_rows import CachedSequence
+from pikv_megatron.cache.step.step_rows import CachedSequence
 from pikv_megatron.inference.request import Request
 
 

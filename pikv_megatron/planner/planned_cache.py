@@ -8,7 +8,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from pikv_megatron.cache.layer_cache import LayerCache
-from pikv_megatron.cache.page_statistics import PageStatistics
+from pikv_megatron.cache.owner.page_statistics import PageStatistics
 from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.planner.target import Target

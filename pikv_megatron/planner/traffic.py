@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.partial_states import num_words
-from pikv_megatron.cache.query_header import HeaderLayout
+from pikv_megatron.cache.home.query_header import HeaderLayout
 from pikv_megatron.planner.planned_cache import PlannedCache
 from pikv_megatron.planner.target import Target
 

@@ -15,7 +15,7 @@ from pikv_megatron.retention.base import ObservingOptions, RetentionPolicy
 
 
 class DuoOptions(ObservingOptions):
-    """Pages that retrieval heads attend to, summed over layers, stay; streaming layers keep none."""
+    """Pages that retrieval heads attend to, all layers', stay; streaming layers keep none."""
 
     name: Literal["duo"] = "duo"
     threshold: float = Field(

@@ -9,9 +9,10 @@ since it grows with what is not read and falls with what is. Pages are taken in 
 upper bounds, and along that order the bound falls, so one pass over the sorted pages finds how many
 it takes. Token buffers are read, too, and would only lower it.
 
-No router goes with it. The bounds say which shards' pages are read, so all that a router could spare
-are token buffers, and of these home knows no bound: it sketches a page when it is sealed. Replicas do
-not either: home would count a token in each of its pages, and owners hide all but one of them.
+No router goes with it. The bounds say which shards' pages are read, so all that a router could
+spare are token buffers, and of these home knows no bound: it sketches a page when it is sealed.
+Replicas do not either: home would count a token in each of its pages, and owners hide all but one
+of them.
 
 Legend: n sequences, np query heads, M columns of all ranks together.
 """

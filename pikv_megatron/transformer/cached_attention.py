@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pikv_megatron.cache.layer_cache import LayerCache
-from pikv_megatron.cache.step_plan import StepPlan
+from pikv_megatron.cache.step.step_plan import StepPlan
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.transformer.context import PiKVInferenceContext
 

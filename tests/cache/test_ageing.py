@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from layer_caches import SCALE
 from test_shard_store import MAX_PAGES, PLACEMENT, block, count_tokens, insert, new_store
 
-from pikv_megatron.cache.owner_reads import OwnerReads
+from pikv_megatron.cache.owner.owner_reads import OwnerReads
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.ops.dense_attention import dense_attention
 

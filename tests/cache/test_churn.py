@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from layer_caches import HEADS, NUM_GROUPS, WIDTH, new_context
 
 from pikv_megatron import PiKVConfig
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 
 
 class Churn(RuleBasedStateMachine):

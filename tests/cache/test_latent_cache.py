@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext
 from pikv_megatron.cache.head_maps import LatentMaps
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.layer_spec import LayerShape
 from pikv_megatron.ops.dense_attention import dense_attention
 from pikv_megatron.runtime.process_groups import process_groups

@@ -5,7 +5,7 @@ import torch
 from layer_caches import HEADS, NUM_GROUPS, SCALE, SHAPE, WIDTH
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.ops.window_attention import window_attention
 
 WINDOW = 7

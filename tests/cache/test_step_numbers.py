@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pikv_megatron.cache import one_copy
-from pikv_megatron.cache.step_rows import Spans
+from pikv_megatron.cache.step import one_copy
+from pikv_megatron.cache.step.step_rows import Spans
 
 
 class Numbers(NamedTuple):

@@ -6,8 +6,8 @@ import resource
 import pytest
 import torch
 
-from pikv_megatron.cache import address_space
-from pikv_megatron.cache.widen import ROOM, widen
+from pikv_megatron.cache.pages import address_space
+from pikv_megatron.cache.pages.widen import ROOM, widen
 
 
 def numbers(dim: int) -> torch.Tensor:

@@ -20,8 +20,8 @@ MODEL = ROOT / "models/demo"
 LENGTH, SAMPLES = 1024, {"recall": 8, "text": 8}
 PRESETS = "low_rank_16th", "low_rank_mass", "low_rank_8th_tail"
 # What files of configs/methods may cost of perplexity, and how many times smaller pages are. The
-# text is the library of the Python that runs this: K4/V2 cost 0.7% on that of 3.11.2, and under 0.5%
-# on that of 3.11.7.
+# text is the library of the Python that runs this: K4/V2 cost 0.7% on that of 3.11.2, and under
+# 0.5% on that of 3.11.7.
 CODECS = {
     "int8": (0.001, 3.0), "int4": (0.002, 5.0), "k4_v2": (0.01, 6.0), "budget_150": (0.01, 9.0),
 }

@@ -13,7 +13,7 @@ from layer_caches import HEADS, NUM_GROUPS, SCALE, WIDTH, new_context
 from ranks import run_ranks
 
 from pikv_megatron import PiKVConfig, process_groups
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.retention.base import RetentionPolicy
 from pikv_megatron.router.base import KVRouter
 from pikv_megatron.selector.base import PageSelector

@@ -8,7 +8,7 @@ from layer_caches import HEADS, NUM_GROUPS, SCALE, SHAPE, WIDTH, new_context
 from ranks import run_ranks
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext, process_groups
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 
 CPU = torch.device("cpu")
 GROUP = HEADS // NUM_GROUPS

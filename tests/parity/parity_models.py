@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext, pikv_layer_spec
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 
 VOCAB = 96
 

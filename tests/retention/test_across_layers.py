@@ -5,7 +5,7 @@ import torch
 from layer_caches import HEADS, NUM_GROUPS, SCALE, SHAPE, WIDTH
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 
 SIZES = dict(
     shard_after=0, page_size=4, window=8, num_sinks=4, flush_interval=3, retention="h2o",

@@ -6,7 +6,7 @@ from calibrations import drawn_calibration
 from layer_caches import HEADS, NUM_GROUPS, SCALE, SHAPE, WIDTH
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.calibrated import save_calibrated
 from pikv_megatron.codec.calibration import moment_tensors
 from pikv_megatron.codec.transform.moments import KVMoments, Moments

@@ -5,7 +5,7 @@ import torch
 from layer_caches import SCALE
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.layer_spec import LayerShape
 from pikv_megatron.types import KVShape
 

@@ -6,7 +6,7 @@ from calibrations import drawn_calibration
 from layer_caches import SHAPE, new_context
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext
-from pikv_megatron.cache.pinned import Pinned
+from pikv_megatron.cache.owner.pinned import Pinned
 from pikv_megatron.options import members
 from pikv_megatron.retention.adakv import AdaKVOptions
 from pikv_megatron.retention.base import RetentionPolicy

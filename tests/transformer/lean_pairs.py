@@ -5,7 +5,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from parity_models import build
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.transformer.lean_moe import LeanMoELayer
 
 PIKV = PiKVConfig(shard_after=0, page_size=4, window=3, num_sinks=1, flush_interval=2)

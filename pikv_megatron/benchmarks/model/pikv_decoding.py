@@ -11,8 +11,8 @@ from megatron.core.models.gpt import GPTModel
 
 from pikv_megatron.benchmarks.model.decoding import Contestant
 from pikv_megatron.benchmarks.model.workload import LayerKV, Workload
-from pikv_megatron.cache.step_plan import StepPlan
-from pikv_megatron.cache.step_rows import StepRow
+from pikv_megatron.cache.step.step_plan import StepPlan
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_options import LayerOptions
 from pikv_megatron.transformer.context import PiKVInferenceContext

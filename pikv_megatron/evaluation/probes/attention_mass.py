@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pikv_megatron.cache.layer_cache import LayerCache
-from pikv_megatron.cache.owner_reads import OwnerReads
-from pikv_megatron.cache.step_rows import CachedSequence
+from pikv_megatron.cache.owner.owner_reads import OwnerReads
+from pikv_megatron.cache.step.step_rows import CachedSequence
 from pikv_megatron.transformer.context import PiKVInferenceContext
 from pikv_megatron.types import PageList
 

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 
 from pikv_megatron.cache.layer_cache import LayerCache
-from pikv_megatron.cache.owner_reads import OwnerReads
-from pikv_megatron.cache.shard_store import ShardStore
-from pikv_megatron.cache.step_rows import CachedSequence
+from pikv_megatron.cache.owner.owner_reads import OwnerReads
+from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.step.step_rows import CachedSequence
 from pikv_megatron.transformer.context import PiKVInferenceContext
 from pikv_megatron.types import KVPages, PageList
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pikv_megatron.cache.page_pool import PagePool
+from pikv_megatron.cache.pages.page_pool import PagePool
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.types import Ageing, PageStats
 

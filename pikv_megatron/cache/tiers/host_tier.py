@@ -5,8 +5,8 @@ Legend: c records, B bytes of a record.
 
 import torch
 
-from pikv_megatron.cache.free_list import FreeList
-from pikv_megatron.cache.widen import narrow, widen
+from pikv_megatron.cache.pages.free_list import FreeList
+from pikv_megatron.cache.pages.widen import narrow, widen
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from pikv_megatron.cache.free_list import FreeList
-from pikv_megatron.cache.page_records import WORD
-from pikv_megatron.cache.widen import widen
+from pikv_megatron.cache.pages.free_list import FreeList
+from pikv_megatron.cache.tiers.page_records import WORD
+from pikv_megatron.cache.pages.widen import widen
 
 SEED = 20250806  # of the fingerprints' weights
 

@@ -13,7 +13,7 @@ pool.
 import torch
 import torch.nn.functional as F
 
-from pikv_megatron.cache.widen import growth_bytes, narrow, widen
+from pikv_megatron.cache.pages.widen import growth_bytes, narrow, widen
 
 
 class PageStatistics:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from pikv_megatron.cache.owner_reads import OwnerReads
+from pikv_megatron.cache.owner.owner_reads import OwnerReads
 from pikv_megatron.parallel.packet import pack_bits, unpack_bits
 from pikv_megatron.types import Reads
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pikv_megatron.cache.page_keeper import PageKeeper
+from pikv_megatron.cache.owner.page_keeper import PageKeeper
 from pikv_megatron.retention.base import beyond
 from pikv_megatron.types import PageStats
 

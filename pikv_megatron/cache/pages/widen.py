@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from pikv_megatron.cache.address_space import reserved_zeros, room_of
+from pikv_megatron.cache.pages.address_space import reserved_zeros, room_of
 
 # Address space for so many times what a pool needs when it moves; no memory.
 ROOM = 64

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pikv_megatron.cache.free_list import FreeList
-from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
+from pikv_megatron.cache.pages.free_list import FreeList
+from pikv_megatron.cache.pages.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.types import KVPages, PageList, Recalled
 
@@ -19,7 +19,8 @@ class PagePool:
         shard: [p + 1], int32, the shard a page belongs to.
         earlier_shards: [p + 1, S], int64 replica masks, or None without replicas.
         score: [p + 1, scores], float32, of a page, or None where retention does not ask for it.
-        level: [p + 1], int32, how often a page took part as pages became fewer; None: they never do.
+        level: [p + 1], int32, how often a page took part as pages became fewer; None: they never
+            do.
         free: which pages are free.
     """
 

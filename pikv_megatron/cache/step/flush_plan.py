@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pikv_megatron.cache.footprint import Footprint
-from pikv_megatron.cache.step_rows import RowFields, Spans, WindowLayout
+from pikv_megatron.cache.step.step_rows import RowFields, Spans, WindowLayout
 
 Made = TypeVar("Made")
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from pikv_megatron.cache.footprint import Footprint
-from pikv_megatron.cache.owner_reads import OwnerReads
-from pikv_megatron.cache.step_rows import RowFields, RowsByRank, StepRow, WindowLayout
+from pikv_megatron.cache.owner.owner_reads import OwnerReads
+from pikv_megatron.cache.step.step_rows import RowFields, RowsByRank, StepRow, WindowLayout
 from pikv_megatron.types import PageList
 
 

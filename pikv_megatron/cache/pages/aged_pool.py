@@ -5,9 +5,9 @@ Legend: p pages, c some of them, r sequences, m columns, n queries' sequences.
 
 import torch
 
-from pikv_megatron.cache.free_list import FreeList
-from pikv_megatron.cache.page_pool import PagePool
-from pikv_megatron.cache.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
+from pikv_megatron.cache.pages.free_list import FreeList
+from pikv_megatron.cache.pages.page_pool import PagePool
+from pikv_megatron.cache.pages.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.types import KVPages
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from pikv_megatron.cache.disk_tier import DiskTier, Loss
+from pikv_megatron.cache.tiers.disk_tier import DiskTier, Loss
 
 
 class Staged(NamedTuple):

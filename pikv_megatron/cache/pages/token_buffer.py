@@ -8,7 +8,7 @@ from typing import Mapping
 import torch
 import torch.nn.functional as F
 
-from pikv_megatron.cache.ledger import Admission, PageLedger
+from pikv_megatron.cache.pages.ledger import Admission, PageLedger
 
 
 class TokenBuffers:
