@@ -18,6 +18,19 @@ from pikv_megatron.demo.settings import TrainingSettings
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pikv_megatron"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def load_tuned(path: Path) -> PiKVConfig:
+    """A calibration that is to be made beside the repository is stood in for by the demo model's:
+    no layer is asked of it."""
+    values = yaml.safe_load(path.read_text())
+    beside = (path.parent / values["calibration"]).resolve()
+    if beside.is_relative_to(ROOT):
+        return PiKVConfig.from_file(path)
+    assert beside.parent == ROOT.resolve().parent
+    return PiKVConfig(**values | {"calibration": ROOT / "models/demo/calibration.safetensors"})
+
+
 LOADERS = {
     "pikv": PiKVConfig.from_file,
     "presets": PiKVConfig.from_file,
@@ -25,7 +38,7 @@ LOADERS = {
     "retention": PiKVConfig.from_file,
     "calibrated": PiKVConfig.from_file,
     "variants": PiKVConfig.from_file,
-    "tuned": PiKVConfig.from_file,
+    "tuned": load_tuned,
     "model": Architecture.from_yaml,
     "demo": TrainingSettings.from_yaml,
 }
