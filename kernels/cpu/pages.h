@@ -69,6 +69,7 @@ struct Side {
       for (int64_t first = 0; first < tokens; first += group_tokens) {
         const int64_t last = std::min(first + group_tokens, tokens);
         read_key_scales(group, page, first / group_tokens, scales, zeros);
+        centre(width, scales, zeros);
         for (int64_t i = 0; i < rows * width; i += width) {
           for (int64_t j = 0; j < width; ++j) scaled[i + j] = query[i + j] * scales[j];
         }
@@ -97,6 +98,7 @@ struct Side {
       for (int64_t g = 0; g < num_scales; ++g, out += channels, ahead = {}) {
         read_column(scale, group, page, g, shown, tokens, scales);
         read_column(zero, group, page, g, shown, tokens, zeros);
+        centre(tokens, scales, zeros);
         for (int64_t i = 0; i < rows; ++i) {
           const float* own = weight + i * tokens;
           float shift = 0.0f;
@@ -122,6 +124,7 @@ struct Side {
     for (int64_t t = 0; scale.data && t < tokens; ++t) {
       if (t % group_tokens == 0) {
         read_key_scales(group, page, t / group_tokens, scales, zeros);
+        centre(width, scales, zeros);
       }
       float* row = out + t * width;
       for (int64_t j = 0; j < width; ++j) row[j] = row[j] * scales[j] + zeros[j];
@@ -139,6 +142,15 @@ struct Side {
   }
 
  private:
+  // Scales and zero points of codes to those of the numbers that codes are read as.
+  void centre(int64_t count, float* scales, float* zeros) const {
+    const float levels = levels_of(type);
+    for (int64_t i = 0; levels > 1.0f && i < count; ++i) {
+      scales[i] *= levels;
+      zeros[i] += 0.5f * scales[i];
+    }
+  }
+
   template <typename Use>
   void with_page(int64_t group, int64_t page, Use use) const {
     with_rows(type, numbers.row_of(group, page, type), numbers.row_stride * size_of(type), page_size, use);

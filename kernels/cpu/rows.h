@@ -41,6 +41,14 @@ inline Bits widen(const uint16_t* x) {
 
 inline Vec as_float(Bits x) { return __builtin_convertvector((Ints)x, Vec); }
 
+// Codes of BITS bits, `shift` bits up, as numbers from -1/2 up to 1/2. About the middle, as sums of
+// positive numbers would lose what their zero points take off again.
+template <int BITS>
+inline Vec centred(Bits x, int shift = 0) {
+  constexpr uint32_t kUp = 23 - BITS, kMask = ((1u << BITS) - 1) << kUp;
+  return (Vec)((x << (static_cast<int>(kUp) - shift) & kMask) | 0x3f800000u) - 1.5f;
+}
+
 inline Vec from_bfloat16(Bits x) { return (Vec)(x << 16); }
 
 inline Vec from_half(Bits x) {
@@ -67,13 +75,19 @@ inline Vec load_as_float(const void* row, int shift, const void* high, int high_
   if constexpr (TYPE == kBfloat16) return from_bfloat16(widen(words));
   if constexpr (TYPE == kHalf) return from_half(widen(words));
   if constexpr (TYPE == kFloat8) return from_float8(widen(bytes));
-  if constexpr (TYPE == kBits8) return as_float(widen(bytes));
-  if constexpr (TYPE == kBits4) return as_float(widen(bytes) >> shift & 15u);
-  if constexpr (TYPE == kBits2) return as_float(widen(bytes) >> shift & 3u);
+  if constexpr (TYPE == kBits8) return centred<8>(widen(bytes));
+  if constexpr (TYPE == kBits4) return centred<4>(widen(bytes), shift);
+  if constexpr (TYPE == kBits2) return centred<2>(widen(bytes), shift);
   if constexpr (TYPE == kBits3) {
     const Bits top = widen(static_cast<const uint8_t*>(high)) >> high_shift & 1u;
-    return as_float((widen(bytes) >> shift & 3u) | top << 2);
+    return centred<3>((widen(bytes) >> shift & 3u) | top << 2);
   }
+}
+
+// A step of a code as a number is 1 / levels; of other types, 1.
+constexpr float levels_of(int64_t type) {
+  return type < kBits8 ? 1.0f : type == kBits8 ? 256.0f : type == kBits4 ? 16.0f
+       : type == kBits3 ? 8.0f : 4.0f;
 }
 
 constexpr int64_t size_of(int64_t type) {
