@@ -153,7 +153,8 @@ struct Side {
 
   template <typename Use>
   void with_page(int64_t group, int64_t page, Use use) const {
-    with_rows(type, numbers.row_of(group, page, type), numbers.row_stride * size_of(type), page_size, use);
+    const int64_t stride = numbers.row_stride * size_of(type);
+    with_rows(type, numbers.row_of(group, page, type), stride, page_size, use);
   }
 
   // Scales or zero points of the tokens that are shown, column `index`; 0 where there are none.

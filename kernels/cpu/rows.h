@@ -51,10 +51,17 @@ inline Vec centred(Bits x, int shift = 0) {
 
 inline Vec from_bfloat16(Bits x) { return (Vec)(x << 16); }
 
-inline Vec from_half(Bits x) {
-  const Vec size = (Vec)((x & 0x7fffu) << 13) * from_bits(0x77800000u);  // 2^112
+inline Vec from_half(const uint16_t* x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+  const Bits bits = widen(x);
+  const Vec size = (Vec)((bits & 0x7fffu) << 13) * from_bits(0x77800000u);  // 2^112
   const Bits infinite = (Bits)(size >= 65536.0f) & 0x7f800000u;
-  return (Vec)((Bits)size | infinite | (x & 0x8000u) << 16);
+  return (Vec)((Bits)size | infinite | (bits & 0x8000u) << 16);
+#endif
 }
 
 // Of e4m3fn, whose subnormals are frequent: as subnormals of float32 they would be slow.
@@ -73,7 +80,7 @@ inline Vec load_as_float(const void* row, int shift, const void* high, int high_
   const auto words = static_cast<const uint16_t*>(row);
   if constexpr (TYPE == kFloat32) return load(static_cast<const float*>(row));
   if constexpr (TYPE == kBfloat16) return from_bfloat16(widen(words));
-  if constexpr (TYPE == kHalf) return from_half(widen(words));
+  if constexpr (TYPE == kHalf) return from_half(words);
   if constexpr (TYPE == kFloat8) return from_float8(widen(bytes));
   if constexpr (TYPE == kBits8) return centred<8>(widen(bytes));
   if constexpr (TYPE == kBits4) return centred<4>(widen(bytes), shift);
