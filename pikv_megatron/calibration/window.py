@@ -67,20 +67,26 @@ class LayerWindow:
     experts: Tensor | None
     per_expert: bool = False
 
+    @property
+    def place(self) -> Tensor:
+        """[t], int64."""
+        return torch.arange(len(self.key), device=self.key.device)
+
+    def weights(self, at: Tensor) -> Tensor:
+        """[ng, g, q, t], the attention of the queries at places `at` [q] to all tokens."""
+        query = self.query[at].float().unflatten(1, (self.key.shape[1], -1))
+        logits = torch.einsum("qngw,knw->ngqk", query, self.key.float()) * self.softmax_scale
+        return logits.masked_fill_(self.place > at.unsqueeze(1), -torch.inf).softmax(dim=3)
+
     @cached_property
     def far(self) -> FarAttention:
         """Of this window."""
-        num_tokens, num_groups = self.key.shape[:2]
-        place = torch.arange(num_tokens, device=self.key.device)
+        (num_tokens, num_groups), place = self.key.shape[:2], self.place
         peaks = self.key.new_zeros(num_groups, num_tokens, dtype=torch.float32)
         shares, masses = [], []
-        for first in range(0, num_tokens, _QUERIES):
-            at = place[first : first + _QUERIES, None]
-            query = self.query[first : first + _QUERIES].float().unflatten(1, (num_groups, -1))
-            logits = torch.einsum("qngw,knw->ngqk", query, self.key.float()) * self.softmax_scale
-            weights = logits.masked_fill_(place > at, -torch.inf).softmax(dim=3)
-            is_far = (place >= SINKS) & (place <= at - NEAR)
-            weights = weights * is_far
+        for at in place.split(_QUERIES):
+            is_far = (place >= SINKS) & (place <= at.unsqueeze(1) - NEAR)
+            weights = self.weights(at) * is_far
             shares.append(weights.sum(dim=3).flatten(0, 1)[:, is_far.any(dim=1)])
             peaks = torch.maximum(peaks, weights.amax(dim=(1, 2)))
             if self.experts is not None:

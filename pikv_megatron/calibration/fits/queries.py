@@ -17,7 +17,7 @@ class QueriesFit(LayerFit):
     def of(self, window):
         if window.angles is None:
             return {}
-        place = torch.arange(len(window.query), device=window.query.device)
+        place = window.place
         query = unrotated(window.query.double(), place, window.angles, window.is_interleaved)
         query = query[SINKS:].transpose(0, 1) * window.softmax_scale
         return {

@@ -25,7 +25,7 @@ class ScorerFit(LayerFit):
     def of(self, window):
         if window.angles is None or window.kv.values_in_keys:
             return {}
-        place = torch.arange(len(window.key), device=window.key.device)
+        place = window.place
         key = unrotated(window.key.float(), place, window.angles, window.is_interleaved)
         peak = window.far.peak[:, : int(JUDGED * len(place))]
         chosen = _chosen(peak, window.number)

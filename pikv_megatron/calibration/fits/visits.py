@@ -22,18 +22,15 @@ class VisitsFit(LayerFit):
 
     def of(self, window):
         first = SINKS + NEAR + SHARDS * PAGE
-        place = torch.arange(len(window.query), device=window.query.device)
-        at = place[first::STRIDE, None]
+        place = window.place
+        at = place[first::STRIDE]
         if not len(at):
             return {}
-        num_groups = window.key.shape[1]
-        query = window.query[first::STRIDE].float().unflatten(1, (num_groups, -1))
-        logits = torch.einsum("qngw,knw->ngqk", query, window.key.float()) * window.softmax_scale
-        weights = logits.masked_fill_(place > at, -torch.inf).softmax(dim=3).flatten(0, 1)
+        weights = window.weights(at).flatten(0, 1)
         num_pages = (len(place) - SINKS) // PAGE
         by_page = weights[..., SINKS : SINKS + num_pages * PAGE].unflatten(2, (num_pages, PAGE))
         last = SINKS + PAGE * (1 + torch.arange(num_pages, device=place.device)) - 1
-        is_far = last <= at - NEAR
+        is_far = last <= at.unsqueeze(1) - NEAR
         by_page = by_page.sum(dim=3) * is_far
         shard = torch.arange(num_pages, device=place.device) % SHARDS
         by_shard = by_page @ F.one_hot(shard, SHARDS).float()
