@@ -9,12 +9,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pikv_megatron.cache.step.decode_part import DecodePart
+from pikv_megatron.cache.head_maps import GROUPED, HeadMaps
 from pikv_megatron.cache.home.delivery import Delivery
 from pikv_megatron.cache.home.directory import PageDirectory
-from pikv_megatron.cache.head_maps import GROUPED, HeadMaps
 from pikv_megatron.cache.home.leaving import leaving_tokens
+from pikv_megatron.cache.home.prompt_attention import PromptAttention
+from pikv_megatron.cache.home.query_header import HeaderLayout
+from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.owner.owner_judge import OwnerJudge
+from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.owner.verdicts import Verdicts
 from pikv_megatron.cache.partial_states import (
     merge_parts,
     pack_state,
@@ -22,14 +26,10 @@ from pikv_megatron.cache.partial_states import (
     unpack_states,
 )
 from pikv_megatron.cache.placement import Placement
-from pikv_megatron.cache.home.prompt_attention import PromptAttention
-from pikv_megatron.cache.home.query_header import HeaderLayout
-from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.step.decode_part import DecodePart
 from pikv_megatron.cache.step.step_choice import StepChoice, choose
 from pikv_megatron.cache.step.step_plan import StepPlan
-from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.tokens import TokenBlock
-from pikv_megatron.cache.owner.verdicts import Verdicts
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.decode_attention import decode_attention
 from pikv_megatron.ops.sink_logit import with_sink

@@ -6,9 +6,9 @@ widths of keys and values.
 
 from typing import NamedTuple
 
+from pikv_megatron.cache.home.query_header import HeaderLayout
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.partial_states import num_words
-from pikv_megatron.cache.home.query_header import HeaderLayout
 from pikv_megatron.planner.planned_cache import PlannedCache
 from pikv_megatron.planner.target import Target
 

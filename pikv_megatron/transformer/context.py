@@ -11,16 +11,16 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from pydantic import ByteSize
 
-from pikv_megatron.cache.home.directory import PageDirectory
 from pikv_megatron.cache.footprint import Footprint
+from pikv_megatron.cache.home.directory import PageDirectory
+from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.owner.pinned import Pinned
-from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step.step_plan import StepPlan
 from pikv_megatron.cache.step.step_rows import CachedSequence, RowsByRank, StepRow, WindowLayout
-from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.tiers.tiers import Tiers
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.layer_spec import LayerSpec

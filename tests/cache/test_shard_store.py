@@ -8,8 +8,8 @@ from layer_caches import SCALE, SHAPE
 
 from pikv_megatron import PiKVConfig
 from pikv_megatron.cache.owner.owner_reads import OwnerReads
-from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.ops.dense_attention import dense_attention
 

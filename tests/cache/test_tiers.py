@@ -9,11 +9,11 @@ import torch
 from layer_caches import HEADS, NUM_GROUPS, SHAPE, WIDTH, new_context
 
 from pikv_megatron import PiKVConfig, PiKVInferenceContext
+from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.cache.tiers.disk_tier import DiskTier, Loss
 from pikv_megatron.cache.tiers.host_tier import HostTier
 from pikv_megatron.cache.tiers.page_records import from_records, record_bytes, to_records
 from pikv_megatron.cache.tiers.read_ahead import ReadAhead
-from pikv_megatron.cache.step.step_rows import StepRow
 from pikv_megatron.codec.registry import CodecOptions
 
 CPU = torch.device("cpu")

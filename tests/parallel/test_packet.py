@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_megatron.cache.owner.owner_reads import OwnerReads
 from pikv_megatron.cache.home.query_header import HeaderLayout
+from pikv_megatron.cache.owner.owner_reads import OwnerReads
 from pikv_megatron.cache.step.step_choice import by_rank
 from pikv_megatron.parallel.packet import pack_bits, pack_rows, unpack_bits, unpack_rows
 from pikv_megatron.types import Reads

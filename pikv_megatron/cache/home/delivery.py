@@ -1,9 +1,9 @@
 """The way of tokens that leave their windows: to the owners of their shards, and into pages."""
 
 from pikv_megatron.cache.home.directory import PageDirectory
-from pikv_megatron.cache.step.flush_plan import FlushPlan
-from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.step.flush_plan import FlushPlan
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.codec.wire import Wire
 from pikv_megatron.parallel.dispatcher import KVDispatcher

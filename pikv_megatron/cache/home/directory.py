@@ -15,10 +15,10 @@ from pikv_megatron.cache.pages.first_pages import fit_new
 from pikv_megatron.cache.pages.free_list import FreeList
 from pikv_megatron.cache.pages.ledger import Admission, PageLedger
 from pikv_megatron.cache.pages.page_table import PageTable
-from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.pages.token_buffer import TokenBuffers
-from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.cache.pages.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
+from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.attend_means import attend_means
 from pikv_megatron.relevance import Ask, PageJudge

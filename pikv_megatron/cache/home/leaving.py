@@ -5,9 +5,9 @@ Legend: t tokens, w_k and w_v widths, ng KV heads.
 
 import torch
 
-from pikv_megatron.cache.step.flush_plan import FlushNumbers, FlushPlan
-from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.home.stream_window import StreamWindow
+from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.step.flush_plan import FlushNumbers, FlushPlan
 from pikv_megatron.cache.tokens import TokenBlock
 
 

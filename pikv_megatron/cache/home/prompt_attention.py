@@ -8,7 +8,9 @@ keys and values, w_q and w_o of queries and outputs.
 import torch
 
 from pikv_megatron.cache.head_maps import HeadMaps
+from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.owner.owner_reads import OwnerReads
+from pikv_megatron.cache.owner.shard_store import ShardStore
 from pikv_megatron.cache.partial_states import (
     merge_into,
     merge_parts,
@@ -16,9 +18,7 @@ from pikv_megatron.cache.partial_states import (
     unpack_states,
 )
 from pikv_megatron.cache.step.prefill_part import PrefillPart
-from pikv_megatron.cache.owner.shard_store import ShardStore
 from pikv_megatron.cache.step.step_plan import StepPlan
-from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.ops.causal_attention import causal_attention
 from pikv_megatron.ops.decode_attention import decode_attention

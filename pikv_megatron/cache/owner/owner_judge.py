@@ -12,9 +12,9 @@ from functools import cached_property
 
 import torch
 
-from pikv_megatron.cache.step.decode_part import DecodePart
 from pikv_megatron.cache.head_maps import HeadMaps
 from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.step.decode_part import DecodePart
 from pikv_megatron.parallel.dispatcher import KVDispatcher
 from pikv_megatron.relevance import PageJudge
 

@@ -6,13 +6,13 @@ Legend: r sequences, m columns of a sequence, s shards of this rank, S tokens a 
 import torch
 
 from pikv_megatron.cache.owner.ageing import mean_of_pairs, merge_level, old_pages
+from pikv_megatron.cache.owner.page_statistics import PageStatistics
+from pikv_megatron.cache.owner.pinned import Pinned
+from pikv_megatron.cache.owner.store_lists import StoreLists
 from pikv_megatron.cache.pages.ledger import PageLedger
 from pikv_megatron.cache.pages.page_pool import PagePool
-from pikv_megatron.cache.owner.page_statistics import PageStatistics
 from pikv_megatron.cache.pages.page_table import PageTable
-from pikv_megatron.cache.owner.pinned import Pinned
 from pikv_megatron.cache.placement import Placement
-from pikv_megatron.cache.owner.store_lists import StoreLists
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.retention.base import RetentionPolicy
 from pikv_megatron.retention.budget import PageBudget

@@ -10,20 +10,20 @@ from functools import partial
 
 import torch
 
+from pikv_megatron.cache.owner.owner_reads import OwnerReads
+from pikv_megatron.cache.owner.page_keeper import PageKeeper
+from pikv_megatron.cache.owner.page_statistics import PageStatistics
+from pikv_megatron.cache.owner.pinned import Pinned
+from pikv_megatron.cache.owner.store_lists import StoreLists
 from pikv_megatron.cache.pages.aged_pool import AgedPagePool
 from pikv_megatron.cache.pages.first_pages import fit_new
 from pikv_megatron.cache.pages.ledger import Admission, PageLedger
-from pikv_megatron.cache.owner.owner_reads import OwnerReads
-from pikv_megatron.cache.owner.page_keeper import PageKeeper
 from pikv_megatron.cache.pages.page_pool import PagePool
-from pikv_megatron.cache.owner.page_statistics import PageStatistics
 from pikv_megatron.cache.pages.page_table import PageTable
-from pikv_megatron.cache.partial_states import merge_rounds
-from pikv_megatron.cache.owner.pinned import Pinned
-from pikv_megatron.cache.placement import Placement
-from pikv_megatron.cache.owner.store_lists import StoreLists
-from pikv_megatron.cache.tiers.tiered_pool import TieredPagePool
 from pikv_megatron.cache.pages.token_buffer import TokenBuffers
+from pikv_megatron.cache.partial_states import merge_rounds
+from pikv_megatron.cache.placement import Placement
+from pikv_megatron.cache.tiers.tiered_pool import TieredPagePool
 from pikv_megatron.cache.tokens import TokenBlock
 from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.layer_spec import LayerSpec

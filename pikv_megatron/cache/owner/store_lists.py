@@ -11,8 +11,8 @@ import torch
 from pikv_megatron.cache.owner.owner_reads import OwnerReads
 from pikv_megatron.cache.pages.page_pool import PagePool
 from pikv_megatron.cache.pages.page_table import PageTable
-from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.pages.token_buffer import TokenBuffers
+from pikv_megatron.cache.placement import Placement
 from pikv_megatron.codec.key_angles import KeyAngles
 from pikv_megatron.types import KeyTurn, KVPages, KVShape, PageList
 

@@ -3,9 +3,9 @@
 import torch
 
 from pikv_megatron.cache.home.directory import PageDirectory
-from pikv_megatron.cache.step.flush_plan import FlushPlan
 from pikv_megatron.cache.owner.layers_together import prune_across, prune_alike
 from pikv_megatron.cache.owner.page_keeper import PageKeeper
+from pikv_megatron.cache.step.flush_plan import FlushPlan
 from pikv_megatron.parallel.dispatcher import FLUSH_OP, KVDispatcher
 from pikv_megatron.parallel.packet import pack_bits, unpack_bits
 

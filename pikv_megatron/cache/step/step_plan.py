@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.step.decode_part import DecodeNumbers, DecodePart
 from pikv_megatron.cache.step.flush_plan import FlushNumbers, FlushPlan, WriteNumbers, flushed_after
-from pikv_megatron.cache.footprint import Footprint
 from pikv_megatron.cache.step.one_copy import to_device
 from pikv_megatron.cache.step.prefill_part import PrefillNumbers, PrefillPart
-from pikv_megatron.ops.rotation import Rotation
 from pikv_megatron.cache.step.step_rows import RowFields, RowsByRank, Spans, WindowLayout
+from pikv_megatron.ops.rotation import Rotation
 
 
 class TokenNumbers(NamedTuple):

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from pikv_megatron.cache.pages.free_list import FreeList
-from pikv_megatron.cache.tiers.page_records import WORD
 from pikv_megatron.cache.pages.widen import widen
+from pikv_megatron.cache.tiers.page_records import WORD
 
 SEED = 20250806  # of the fingerprints' weights
 

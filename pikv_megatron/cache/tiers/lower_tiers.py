@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from pikv_megatron.cache.pages.widen import narrow, widen
 from pikv_megatron.cache.tiers.disk_tier import DiskTier, Loss
 from pikv_megatron.cache.tiers.host_tier import HostTier
 from pikv_megatron.cache.tiers.read_ahead import ReadAhead
-from pikv_megatron.cache.pages.widen import narrow, widen
 from pikv_megatron.types import Recalled
 
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from pikv_megatron.cache.tiers.disk_tier import Loss
 from pikv_megatron.cache.pages.free_list import FreeList
-from pikv_megatron.cache.tiers.lower_tiers import LowerTiers
 from pikv_megatron.cache.pages.page_pool import PagePool
-from pikv_megatron.cache.tiers.page_records import from_records, record_bytes, to_records
 from pikv_megatron.cache.pages.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
+from pikv_megatron.cache.tiers.disk_tier import Loss
+from pikv_megatron.cache.tiers.lower_tiers import LowerTiers
+from pikv_megatron.cache.tiers.page_records import from_records, record_bytes, to_records
 from pikv_megatron.types import PageList, Recalled, TierPlan
 
 BEHIND = torch.iinfo(torch.int64).max

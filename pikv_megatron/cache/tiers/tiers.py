@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from pikv_megatron.cache.tiers.disk_tier import Loss
 from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.tiers.disk_tier import Loss
 from pikv_megatron.types import Recalled, TierPlan
 
 
