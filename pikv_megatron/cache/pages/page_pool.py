@@ -1,6 +1,6 @@
 """Sealed pages of one layer on their owner rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -8,6 +8,9 @@ from pikv_megatron.cache.pages.free_list import FreeList
 from pikv_megatron.cache.pages.widen import growth_bytes, narrow, narrow_fields, widen, widen_fields
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.types import KVPages, PageList, Recalled
+
+# What is known of every page besides what it stores.
+BOOKS = ("position", "shard", "earlier_shards", "score", "level")
 
 
 class PagePool:
@@ -110,28 +113,14 @@ class PagePool:
         if not missing:
             return 0
         self.free.add(missing)
-        self.position = widen(self.position, missing, 0)
-        self.shard = widen(self.shard, missing, 0)
-        if self.earlier_shards is not None:
-            self.earlier_shards = widen(self.earlier_shards, missing, 0)
-        if self.score is not None:
-            self.score = widen(self.score, missing, 0)
-        if self.level is not None:
-            self.level = widen(self.level, missing, 0)
+        self._resize(lambda book: widen(book, missing, 0))
         return missing
 
     def compact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Give back the memory of free pages; see `FreeList.compact` for what is returned."""
         kept, number = self.free.compact()
         self._narrow_places(kept)
-        self.position = narrow(self.position, kept, 0)
-        self.shard = narrow(self.shard, kept, 0)
-        if self.earlier_shards is not None:
-            self.earlier_shards = narrow(self.earlier_shards, kept, 0)
-        if self.score is not None:
-            self.score = narrow(self.score, kept, 0)
-        if self.level is not None:
-            self.level = narrow(self.level, kept, 0)
+        self._resize(lambda book: narrow(book, kept, 0))
         return kept, number
 
     def growth_bytes(self, count: int, num_old: int = 0) -> int:
@@ -173,4 +162,10 @@ class PagePool:
         self.kv = narrow_fields(self.kv, kept)
 
     def _described(self) -> list[torch.Tensor | None]:
-        return [self.position, self.shard, self.earlier_shards, self.score, self.level]
+        return [getattr(self, name) for name in BOOKS]
+
+    def _resize(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put changed books in the place of those that there are."""
+        for name, book in zip(BOOKS, self._described()):
+            if book is not None:
+                setattr(self, name, change(book))
