@@ -19,6 +19,7 @@ from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.owner.owner_judge import OwnerJudge
 from pikv_megatron.cache.owner.shard_store import ShardStore
 from pikv_megatron.cache.owner.verdicts import Verdicts
+from pikv_megatron.cache.page_needs import PageNeeds
 from pikv_megatron.cache.partial_states import (
     merge_parts,
     pack_state,
@@ -201,16 +202,14 @@ class LayerCache:
                 self.window.write_scores(writes.slots, writes.places, self._scores[writes.source])
         self._chunk = self._prompts = self._scores = None
 
-    def reserve(
-        self, num_owned: int, num_noted: int, num_columns: int, num_old: int = 0
-    ) -> None:
-        """Allocate pages on this rank, of which `num_old` grow old, room in the directory for pages
-        of its sequences, and what steps hold of the pages that a sequence has here, at most."""
-        self.store.reserve(num_owned, num_old)
+    def reserve(self, needs: PageNeeds) -> None:
+        """Allocate pages on this rank, room in the directory for pages of its sequences, and what
+        steps hold of the pages that a sequence has here, at most."""
+        self.store.reserve(needs.owned, needs.old)
         if self.directory is not None:
-            self.directory.reserve(num_noted)
+            self.directory.reserve(needs.noted)
         if self._last_lse is not None:
-            self.store.statistics.reserve_held(num_columns)
+            self.store.statistics.reserve_held(needs.columns)
 
     def compact(self) -> None:
         """Give back the memory of pages that no sequence has."""
@@ -224,15 +223,13 @@ class LayerCache:
         noted = 0 if self.directory is None else len(self.directory.shard)
         return *self.store.pool.sizes, noted
 
-    def growth_bytes(
-        self, num_owned: int, num_noted: int, num_columns: int, num_old: int = 0
-    ) -> int:
+    def growth_bytes(self, needs: PageNeeds) -> int:
         """What `reserve` would allocate."""
-        growth = self.store.growth_bytes(num_owned, num_old)
+        growth = self.store.growth_bytes(needs.owned, needs.old)
         if self.directory is not None:
-            growth += self.directory.growth_bytes(num_noted)
+            growth += self.directory.growth_bytes(needs.noted)
         if self._last_lse is not None:
-            growth += self.store.statistics.held_growth_bytes(num_columns)
+            growth += self.store.statistics.held_growth_bytes(needs.columns)
         return growth
 
     def release(self, slot: int, window_slot: int | None) -> None:

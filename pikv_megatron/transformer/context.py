@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Sequence
 
 import deepspeed.comm as dist
 import torch
@@ -17,6 +17,7 @@ from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.owner.pinned import Pinned
 from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.page_needs import PageForecast
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step.step_plan import StepPlan
@@ -69,6 +70,10 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.placement = Placement.resolve(config, self.num_ranks, self.rank)
         self.footprint = Footprint(self.placement, config.page_size, max(1, self.keeps_experts))
         self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
+        self._forecast = PageForecast(
+            self.footprint, self.layout, -(-config.prefill_chunk_size // config.page_size),
+            self.num_ranks, self.rank, max_batch_size,
+        )
         self.plan: StepPlan | None = None
         self._pads_evenly = pads_evenly
         self._sequences: dict[int, CachedSequence] = {}
@@ -191,11 +196,14 @@ class PiKVInferenceContext(StaticInferenceContext):
             ValueError: the cache of some rank would exceed `memory_limit`, and nothing was
                 allocated; or some rank has no space for the pages that lie in a file.
         """
-        wanted = [(layer, *self._wanted_pages(layer, lengths)) for layer in self.sharded_layers]
+        wanted = [
+            (layer, self._forecast.needs(layer.store.keeper, lengths))
+            for layer in self.sharded_layers
+        ]
         if self.pikv_config.memory_limit is not None:
-            self._check_memory(sum(layer.growth_bytes(*pages) for layer, *pages in wanted))
-        for layer, *pages in wanted:
-            layer.reserve(*pages)
+            self._check_memory(sum(layer.growth_bytes(needs) for layer, needs in wanted))
+        for layer, needs in wanted:
+            layer.reserve(needs)
         if self.tiers:
             self._hold_space()
 
@@ -290,29 +298,6 @@ class PiKVInferenceContext(StaticInferenceContext):
             self._pads_evenly,
         )
 
-    def _wanted_pages(
-        self, layer: LayerCache, lengths: Sequence[tuple[CachedSequence, int]]
-    ) -> tuple[int, int, int, int]:
-        """Pages to be free on this rank, and of its own sequences on all ranks; the most that any
-        sequence comes to have here; and those of the first that are to grow old."""
-        owned = noted = old = passing = listed = 0
-        for sequence, length in lengths:
-            home = sequence.slot // self.max_batch_size
-            here = self._missing_pages(layer, sequence, length, home == self.rank)
-            owned, old = owned + here.stay, old + here.old
-            passing += here.pass_on
-            if home == self.rank:
-                far = self._missing_pages(layer, sequence, length, at_home=False)
-                noted += here.stay + (self.num_ranks - 1) * far.stay
-                listed += here.go + (self.num_ranks - 1) * far.go
-        # What a prompt's chunk fills is dropped, or packed anew, after it was filled.
-        chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
-        owned += min(chunk, passing)
-        noted += min(chunk, listed)
-        longest = max((length for _, length in lengths), default=0)
-        most = self.footprint.most_pages(self._num_in_shards(longest))
-        return owned, noted, layer.store.keeper.num_columns(most), old
-
     def _check_memory(self, growth: int) -> None:
         """Refuse on all ranks what is too much for one of them."""
         limit = self.pikv_config.memory_limit
@@ -345,23 +330,6 @@ class PiKVInferenceContext(StaticInferenceContext):
         if self.num_ranks > 1:
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.ep_group)
         return int(most)
-
-    def _missing_pages(
-        self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool
-    ) -> "_MissingPages":
-        """Of a sequence of `length` tokens, spread evenly, on a rank."""
-        keeper, later = layer.store.keeper, self._num_in_shards(length)
-        filled = self.footprint.enough_pages(later, at_home)
-        now = sequence.flushed - self.pikv_config.num_sinks
-        wanted = keeper.num_columns(filled)
-        held = keeper.num_columns(self.footprint.full_pages(now, at_home))
-        old = keeper.num_old(wanted)
-        go = filled - wanted
-        return _MissingPages(wanted - held, old - keeper.num_old(held), go, go + old)
-
-    def _num_in_shards(self, length: int) -> int:
-        """Tokens in shards of a sequence of `length`, at most."""
-        return max(0, length - self.pikv_config.num_sinks - self.pikv_config.window)
 
     def _new_layer(self, spec: LayerSpec) -> LayerCache | SlidingCache:
         if spec.sliding_window is not None:
@@ -425,19 +393,3 @@ class PiKVInferenceContext(StaticInferenceContext):
                     self.release(self._sequences[slot])
                 self._sequences[slot] = CachedSequence(slot, flushed=self.pikv_config.num_sinks)
         return [StepRow(self._sequences[slot], count) for slot in slots]
-
-
-class _MissingPages(NamedTuple):
-    """What a sequence needs on a rank besides the pages that it has.
-
-    Attributes:
-        stay: pages.
-        old: those of them that are to grow old.
-        go: pages that it fills and that do not stay.
-        pass_on: pages that it fills and that do not stay as they are.
-    """
-
-    stay: int
-    old: int
-    go: int
-    pass_on: int
