@@ -95,7 +95,7 @@ class LayerCache:
         # [t], of the step's tokens, where retention asks.
         self._scores: torch.Tensor | None = None
         self._last_lse = None
-        if store.statistics is not None and placement.num_ranks > 1:
+        if store.held is not None and placement.num_ranks > 1:
             self._last_lse = torch.zeros(
                 num_slots, placement.num_ranks, spec.num_heads, device=spec.kv.device
             )
@@ -209,7 +209,7 @@ class LayerCache:
         if self.directory is not None:
             self.directory.reserve(needs.noted)
         if self._last_lse is not None:
-            self.store.statistics.reserve_held(needs.columns)
+            self.store.held.reserve(needs.columns)
 
     def compact(self) -> None:
         """Give back the memory of pages that no sequence has."""
@@ -229,7 +229,7 @@ class LayerCache:
         if self.directory is not None:
             growth += self.directory.growth_bytes(needs.noted)
         if self._last_lse is not None:
-            growth += self.store.statistics.held_growth_bytes(needs.columns)
+            growth += self.store.held.growth_bytes(needs.columns)
         return growth
 
     def release(self, slot: int, window_slot: int | None) -> None:
@@ -404,7 +404,7 @@ class LayerCache:
         self._delivery.bring(block, plan.flush, copies)
         keeper = self.store.keeper
         if keeper.drops:
-            if self.store.statistics is not None and self._prompts is not None:
+            if self.store.held is not None and self._prompts is not None:
                 self._prompt_attention.observe(*self._prompts, plan, self._maps)
             self.verdicts.give(plan.flush)
         keeper.grow_old(plan.flush.numbers.all_slots, plan.flush.most_pages)

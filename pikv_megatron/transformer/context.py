@@ -17,6 +17,7 @@ from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.owner.pinned import Pinned
 from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.owner.verdicts import decide_together
 from pikv_megatron.cache.page_needs import PageForecast
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.sliding_cache import SlidingCache
@@ -79,15 +80,15 @@ class PiKVInferenceContext(StaticInferenceContext):
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False
         self._rotary_table: tuple[torch.Tensor, float] | None = None
-        self.layers = {spec.number: self._new_layer(spec) for spec in specs}
+        self.layers: dict[int, LayerCache | SlidingCache] = {}
+        for spec in specs:
+            self.layers[spec.number] = self._new_layer(spec)
         sources = [layer.expert_source for layer in self.layers.values()]
         self.keeps_last_experts = "previous" in sources
         self.last_experts: torch.Tensor | None = None
-        peers = [
-            layer.verdicts for layer in self.sharded_layers if layer.store.keeper.joins_layers
-        ]
-        for verdicts in peers:
-            verdicts.peers = peers
+        decide_together(
+            [layer.verdicts for layer in self.sharded_layers if layer.store.keeper.joins_layers]
+        )
         full = self.sharded_layers
         self.tiers = Tiers(
             [layer.store for layer in full], [layer.spec.options.retention.tiers for layer in full]
@@ -196,14 +197,12 @@ class PiKVInferenceContext(StaticInferenceContext):
             ValueError: the cache of some rank would exceed `memory_limit`, and nothing was
                 allocated; or some rank has no space for the pages that lie in a file.
         """
-        wanted = [
-            (layer, self._forecast.needs(layer.store.keeper, lengths))
-            for layer in self.sharded_layers
-        ]
+        layers = self.sharded_layers
+        needs = self._forecast.needs([layer.store for layer in layers], lengths)
         if self.pikv_config.memory_limit is not None:
-            self._check_memory(sum(layer.growth_bytes(needs) for layer, needs in wanted))
-        for layer, needs in wanted:
-            layer.reserve(needs)
+            self._check_memory(sum(map(LayerCache.growth_bytes, layers, needs)))
+        for layer, own in zip(layers, needs):
+            layer.reserve(own)
         if self.tiers:
             self._hold_space()
 
@@ -340,10 +339,14 @@ class PiKVInferenceContext(StaticInferenceContext):
             spec.kv, slots, self.layout.size, self.keeps_experts,
             spec.options.retention.needs_scores,
         )
+        others = []
+        if spec.options.budget.joins_layers:
+            stores = (layer.store for layer in self.sharded_layers)
+            others = [store.common for store in stores if store.keeper.joins_layers]
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,
             self.keeps_experts > 1, Pinned.of(self.pikv_config.pinned, self.footprint),
-            self.max_sequence_length,
+            self.max_sequence_length, others,
         )
         directory = None
         if not isinstance(spec.options.sketch, NoSketchOptions):

@@ -202,6 +202,7 @@ def test_a_full_engine_refuses(one_rank, model):
     {},
     {"selector": {"name": "mass", "tail": "mean"}, "retention": "h2o",
      "codec": {"transform": "svd", "format": "int8"}},
+    {"retention": "h2o", "budget": {"name": "share", "across_layers": 2}},
 ])
 def test_the_memory_limit_is_kept_to_the_byte(one_rank, model, methods):
     """It is what the cache has once the pages are reserved; a byte less is refused."""
@@ -304,6 +305,7 @@ SHRUNK = [
     {},
     {"retention": "h2o", "sketch": "bounding_box",
      "selector": {"name": "budget", "share": 0.5, "tail": "mean"}},
+    {"retention": "h2o", "budget": {"name": "share", "across_layers": 1.5}},
 ]
 
 
