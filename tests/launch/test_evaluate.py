@@ -56,6 +56,8 @@ def test_one_rank_and_two_find_the_same_and_nothing_is_run_twice(folder, tmp_pat
             assert "</svg>" in (tmp_path / name / file).read_text()
     one, two = found
     check_records(one)
+    assert {record["figures"]["sent_bytes"] for record in one.values()} == {0}
+    assert all(record["figures"]["sent_bytes"] > 0 for record in two.values())
     for key, record in two.items():
         assert record["command"].startswith("deepspeed --num_accelerators 2 ")
         figures, others = record["figures"], one[key]["figures"]
