@@ -142,8 +142,10 @@ def test_nothing_is_left_open():
 
 @pytest.mark.parametrize("fields, found", [
     ({"router": "hash"}, {"router.k": 4}),
-    ({"router": {"name": "hierarchical", "groups": 8}}, {"router.k": 4, "router.visited_groups": 2}),
-    ({"selector": {"name": "budget", "pages": 3}}, {"selector.share": 0.25, "selector.pages": None}),
+    ({"router": {"name": "hierarchical", "groups": 8}},
+     {"router.k": 4, "router.visited_groups": 2}),
+    ({"selector": {"name": "budget", "pages": 3}},
+     {"selector.share": 0.25, "selector.pages": None}),
     ({"retention": "h2o"}, {"budget.keep": 0.25}),
     ({"retention": "h2o", "budget": {"name": "pyramid", "steepness": 0.2}},
      {"budget.keep": 0.25, "budget.steepness": 0.2}),
@@ -164,7 +166,8 @@ def test_a_method_that_spends_no_share_stays_as_it_is(fields):
 
 
 @pytest.mark.parametrize("fields, share, message", [
-    ({"router": "hash"}, 0.3, "router hash .* 0.3 of 16 is 24/5: set token_shards.* multiple of 10"),
+    ({"router": "hash"}, 0.3,
+     "router hash .* 0.3 of 16 is 24/5: set token_shards.* multiple of 10"),
     ({"retention": "token_eviction"}, 0.3, "retention token_eviction .* 0.3 is none of 1/2, 1/3"),
     ({"retention": "token_eviction"}, 1.0, "token_eviction makes one of 2 to 64 pages, and 1 is"),
     ({"retention": "h2o", "budget": "pyramid"}, 0.9, "steepness 0.5 give the first layer 1.35"),
