@@ -168,7 +168,8 @@ def check_traffic(name: str, sent: dict[str, float], planned: dict[str, float]) 
 
 def check_packing(by_rank: list[dict]) -> None:
     """Tokens travel in the bits that their pages allow: 112 bytes of numbers instead of 512."""
-    flushed = [sum(x["sent"][name]["flush"] for x in by_rank) for name in ("codecs/int4", "pikv/lossless")]
+    names = "codecs/int4", "pikv/lossless"
+    flushed = [sum(x["sent"][name]["flush"] for x in by_rank) for name in names]
     assert flushed[0] < 0.4 * flushed[1]
 
 
