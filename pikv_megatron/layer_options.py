@@ -1,7 +1,7 @@
 """The methods of one layer's cache, and how a configuration chooses others for some layers."""
 
 import re
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -71,6 +71,23 @@ class LayerOptions(BaseModel):
             )
         budget = self.budget or ShareBudget()
         return self.model_copy(update={"sketch": sketch, "budget": budget})
+
+    def at_share(self, share: float, num_shards: int) -> Self | None:
+        """The same, each method that spends a share at this one; None: none does.
+
+        Args:
+            share: above 0, at most 1: of the shards that are visited, the pages that are read and
+                those that stay.
+            num_shards: of a sequence.
+
+        Raises:
+            ValueError: a method cannot have it; names the method and the remedy.
+        """
+        methods = self.resolved()  # a budget that is left open is a share
+        fields = ["router", "selector", "retention"] + ["budget"] * self.retention.takes_budget
+        put = {name: getattr(methods, name).at_share(share, num_shards) for name in fields}
+        found = {name: options for name, options in put.items() if options is not None}
+        return self.model_copy(update=found) if found else None
 
     def _default_sketch(self, is_needed: bool) -> SketchOptions:
         if self.selector.needs_bounds:

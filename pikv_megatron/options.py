@@ -5,7 +5,7 @@ models of a family are a union told apart by `name`; where a method needs no par
 name will do: `selector: mass` is `selector: {name: mass}`.
 """
 
-from typing import Annotated, Any, ClassVar, Union, get_args
+from typing import Annotated, Any, ClassVar, Self, Union, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -30,6 +30,19 @@ class Options(BaseModel):
     needs_scores: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
     extra: ClassVar[str | None] = None
+
+    def at_share(self, share: float, num_shards: int) -> Self | None:
+        """The same method, spending a share of what there is: of the shards that a query visits,
+        of the pages that it reads, of those that stay; None: it spends no share.
+
+        Args:
+            share: above 0, at most 1.
+            num_shards: of a sequence.
+
+        Raises:
+            ValueError: that share cannot be had; says what can.
+        """
+        return None
 
 
 def family(*members: type[Options]) -> Any:

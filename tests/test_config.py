@@ -1,5 +1,7 @@
 """Methods are named and given parameters; what does not fit is refused by name."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -136,3 +138,40 @@ def test_what_does_not_fit_the_model_is_refused(fields, message):
 def test_nothing_is_left_open():
     for spec in PiKVConfig().resolve([SHAPE] * 2):
         assert all(getattr(spec.options, name) is not None for name in LayerOptions.model_fields)
+
+
+@pytest.mark.parametrize("fields, found", [
+    ({"router": "hash"}, {"router.k": 4}),
+    ({"router": {"name": "hierarchical", "groups": 8}},
+     {"router.k": 4, "router.visited_groups": 2}),
+    ({"selector": {"name": "budget", "pages": 3}},
+     {"selector.share": 0.25, "selector.pages": None}),
+    ({"retention": "h2o"}, {"budget.keep": 0.25}),
+    ({"retention": "h2o", "budget": {"name": "pyramid", "steepness": 0.2}},
+     {"budget.keep": 0.25, "budget.steepness": 0.2}),
+    ({"retention": "token_eviction"}, {"retention.pages": 4, "budget": None}),
+    ({"retention": "flexgen", "selector": "budget"}, {"budget.keep": 0.25, "selector.share": 0.25}),
+])
+def test_a_method_is_put_at_a_share(fields, found):
+    put = PiKVConfig(**fields).at_share(0.25, 16)
+    assert {name: attrgetter(name)(put) for name in found} == found
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"selector": "mass"}, {"selector": "certified"}, {"codec": {"format": "int4"}},
+    {"retention": "h2o", "budget": {"name": "bytes", "bytes": 4096}},
+])
+def test_a_method_that_spends_no_share_stays_as_it_is(fields):
+    assert PiKVConfig(**fields).at_share(0.25, 16) is None
+
+
+@pytest.mark.parametrize("fields, share, message", [
+    ({"router": "hash"}, 0.3,
+     "router hash .* 0.3 of 16 is 24/5: set token_shards.* multiple of 10"),
+    ({"retention": "token_eviction"}, 0.3, "retention token_eviction .* 0.3 is none of 1/2, 1/3"),
+    ({"retention": "token_eviction"}, 1.0, "token_eviction makes one of 2 to 64 pages, and 1 is"),
+    ({"retention": "h2o", "budget": "pyramid"}, 0.9, "steepness 0.5 give the first layer 1.35"),
+])
+def test_refuses_a_share_that_cannot_be_had(fields, share, message):
+    with pytest.raises(ValueError, match=message):
+        PiKVConfig(**fields).at_share(share, 16)

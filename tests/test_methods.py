@@ -148,7 +148,7 @@ def run_method(pg, fields: dict, calibration: Path) -> dict:
         "kept": sum(int(store.table.count.sum()) for store in stores),
         "sealed": sum(int(store.ledger.num_pages.sum()) for store in stores),
         "read": sum(read),
-        "pool": sum(t.nbytes for store in stores for t in store.pool.kv if t is not None),
+        "pool": sum(t.nbytes for store in stores for t in store.parts()["pages"]),
     }
     again = lm.generate(PROMPTS, max_new_tokens=NUM_NEW)
     if "flexgen" in str(fields):
@@ -206,6 +206,7 @@ def test_every_method_acts_through_generate(num_ranks, found_alone, calibration)
             assert 0 < total["read"] < 0.9 * all_pages, name
     pools = {name: sum(found[name]["pool"] for found in by_rank) for name in METHODS}
     assert pools["selector budget over tiers"] < 0.4 * pools["selector budget"]
+    assert pools["budget across layers"] <= pools["retention h2o"]
     assert pools["codec.format int8"] < 0.5 * pools["router all"]
     assert pools["codec.format int4"] < pools["codec.format int8"]
     assert pools["codec.transform svd"] <= 0.5 * pools["router all"]

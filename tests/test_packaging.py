@@ -34,8 +34,10 @@ def load_tuned(path: Path) -> PiKVConfig:
 LOADERS = {
     "pikv": PiKVConfig.from_file,
     "presets": PiKVConfig.from_file,
-    "methods": PiKVConfig.from_file,
+    "routing": PiKVConfig.from_file,
+    "selection": PiKVConfig.from_file,
     "retention": PiKVConfig.from_file,
+    "codecs": PiKVConfig.from_file,
     "calibrated": PiKVConfig.from_file,
     "variants": PiKVConfig.from_file,
     "tuned": load_tuned,

@@ -35,6 +35,14 @@ def test_the_program_runs_on_two_ranks(tmp_path):
     assert first == second and len(first["printed"]) == 1 and first["printed"][0][0]
 
 
+def test_files_that_it_names_are_there():
+    named = set(re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|yaml|json|md|safetensors))`", README))
+    named -= {"pikv_megatron/retention/random_pages.py"}  # the reader's
+    folders = ROOT, ROOT / "pikv_megatron"
+    lost = [name for name in named if not any((folder / name).exists() for folder in folders)]
+    assert len(named) > 30 and not lost
+
+
 def test_the_table_is_the_configuration():
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^`|]\S*) \|", README, re.MULTILINE))
     defaults = {name: shown(field.default) for name, field in PiKVConfig.model_fields.items()}

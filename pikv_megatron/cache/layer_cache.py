@@ -19,6 +19,7 @@ from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.owner.owner_judge import OwnerJudge
 from pikv_megatron.cache.owner.shard_store import ShardStore
 from pikv_megatron.cache.owner.verdicts import Verdicts
+from pikv_megatron.cache.page_needs import PageNeeds
 from pikv_megatron.cache.partial_states import (
     merge_parts,
     pack_state,
@@ -94,7 +95,7 @@ class LayerCache:
         # [t], of the step's tokens, where retention asks.
         self._scores: torch.Tensor | None = None
         self._last_lse = None
-        if store.statistics is not None and placement.num_ranks > 1:
+        if store.held is not None and placement.num_ranks > 1:
             self._last_lse = torch.zeros(
                 num_slots, placement.num_ranks, spec.num_heads, device=spec.kv.device
             )
@@ -201,16 +202,14 @@ class LayerCache:
                 self.window.write_scores(writes.slots, writes.places, self._scores[writes.source])
         self._chunk = self._prompts = self._scores = None
 
-    def reserve(
-        self, num_owned: int, num_noted: int, num_columns: int, num_old: int = 0
-    ) -> None:
-        """Allocate pages on this rank, of which `num_old` grow old, room in the directory for pages
-        of its sequences, and what steps hold of the pages that a sequence has here, at most."""
-        self.store.reserve(num_owned, num_old)
+    def reserve(self, needs: PageNeeds) -> None:
+        """Allocate pages on this rank, room in the directory for pages of its sequences, and what
+        steps hold of the pages that a sequence has here, at most."""
+        self.store.reserve(needs.owned, needs.old)
         if self.directory is not None:
-            self.directory.reserve(num_noted)
+            self.directory.reserve(needs.noted)
         if self._last_lse is not None:
-            self.store.statistics.reserve_held(num_columns)
+            self.store.held.reserve(needs.columns)
 
     def compact(self) -> None:
         """Give back the memory of pages that no sequence has."""
@@ -224,15 +223,13 @@ class LayerCache:
         noted = 0 if self.directory is None else len(self.directory.shard)
         return *self.store.pool.sizes, noted
 
-    def growth_bytes(
-        self, num_owned: int, num_noted: int, num_columns: int, num_old: int = 0
-    ) -> int:
+    def growth_bytes(self, needs: PageNeeds) -> int:
         """What `reserve` would allocate."""
-        growth = self.store.growth_bytes(num_owned, num_old)
+        growth = self.store.growth_bytes(needs.owned, needs.old)
         if self.directory is not None:
-            growth += self.directory.growth_bytes(num_noted)
+            growth += self.directory.growth_bytes(needs.noted)
         if self._last_lse is not None:
-            growth += self.store.statistics.held_growth_bytes(num_columns)
+            growth += self.store.held.growth_bytes(needs.columns)
         return growth
 
     def release(self, slot: int, window_slot: int | None) -> None:
@@ -407,7 +404,7 @@ class LayerCache:
         self._delivery.bring(block, plan.flush, copies)
         keeper = self.store.keeper
         if keeper.drops:
-            if self.store.statistics is not None and self._prompts is not None:
+            if self.store.held is not None and self._prompts is not None:
                 self._prompt_attention.observe(*self._prompts, plan, self._maps)
             self.verdicts.give(plan.flush)
         keeper.grow_old(plan.flush.numbers.all_slots, plan.flush.most_pages)

@@ -18,7 +18,7 @@ from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.demo.corpus import stdlib_sources
 from pikv_megatron.evaluation.byte_ids import is_bytewise
-from pikv_megatron.evaluation.options import read_cache
+from pikv_megatron.evaluation.caches import read_cache
 from pikv_megatron.inference.arguments import (
     ArgumentParser,
     default_dtype,

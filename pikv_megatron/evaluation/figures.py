@@ -31,7 +31,10 @@ class Figures:
         dense_read_bytes: the same over the dense cache.
         token_bytes: of a token in a sealed page, all layers, scales and metadata included.
         errors: by layer, of keys and of values, by KV head: |x - x^| / |x| of what was sealed.
-        step_ms: mean milliseconds of a decode step on the first rank.
+        sent_bytes: that a rank hands to the cache's collectives in a decode step, mean over ranks
+            and flush intervals, its share for itself included; 0 on one rank.
+        step_ms: mean milliseconds of a decode step; on CPUs of a rank's processor, waiting left
+            out, as other programs may share it. 0 where no step was timed.
         batch_size: sequences that a step feeds.
         tokens_by_shard: by layer and shard, held in the end.
         kept_by_position: by layer and part of the sequence, share of the tokens that left the
@@ -57,6 +60,7 @@ class Figures:
     dense_read_bytes: float
     token_bytes: float
     errors: list[list[list[float]]]
+    sent_bytes: float
     step_ms: float
     batch_size: int
     tokens_by_shard: list[list[int]]

@@ -7,19 +7,16 @@ from pathlib import Path
 
 import torch
 
-from pikv_megatron.cache.placement import Placement
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.evaluation.byte_ids import is_bytewise
-from pikv_megatron.evaluation.evaluator import LOSSLESS, lossless
+from pikv_megatron.evaluation.caches import num_ranks, read_caches
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.tasks.base import Source
 from pikv_megatron.evaluation.tasks.registry import TASKS
 from pikv_megatron.inference.arguments import ArgumentParser, default_dtype, positive
-from pikv_megatron.retention.budget import ShareBudget
-from pikv_megatron.retention.keep_all import KeepAllOptions
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def parse_options(argv: Sequence[str]) -> EvaluateOptions:
         model=args.model,
         architecture=architecture,
         source=source,
-        caches=_kept(_read_caches(args.pikv, args.length, architecture), args.keep),
+        caches=read_caches(args.pikv, args.shares, args.length, architecture),
         tasks=_tasks(args.tasks, source),
         length=args.length,
         samples=args.samples,
@@ -101,9 +98,9 @@ def _parser() -> ArgumentParser:
     add("--model", type=Path, required=True, help="Hugging Face directory")
     add("--pikv", nargs="+", required=True, metavar="FILE",
         help="YAML files of caches, or names of presets")
-    add("--keep", nargs="+", type=positive(float), metavar="SHARE",
-        help="shares of the pages that stay: each cache with a retention policy is run with each "
-        "of them instead of its own budget")
+    add("--shares", nargs="+", type=positive(float), default=[], metavar="SHARE",
+        help="each cache is run at each of these shares of what its method spends, shards that are "
+        "visited, pages that are read or pages that stay; one that spends no share is run once")
     add("--tasks", nargs="+", metavar="NAME",
         help=f"of {', '.join(TASKS)}; default: all that fit the model")
     add("--out", type=Path, metavar="DIR",
@@ -133,10 +130,9 @@ def _check_length(length: int, architecture: Architecture) -> None:
             f"--length {length} exceeds the model's longest sequence, "
             f"{architecture.max_sequence_length}"
         )
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if architecture.num_experts % num_ranks:
+    if architecture.num_experts % num_ranks():
         raise ValueError(
-            f"{num_ranks} ranks were launched: their number must divide the model's "
+            f"{num_ranks()} ranks were launched: their number must divide the model's "
             f"{architecture.num_experts} experts"
         )
 
@@ -151,56 +147,3 @@ def _tasks(names: Sequence[str] | None, source: Source) -> tuple[str, ...]:
         if reason is not None:
             raise ValueError(f"--tasks {name}: it {reason}")
     return tuple(dict.fromkeys(names))
-
-
-def _read_caches(
-    names: Sequence[str], length: int, architecture: Architecture
-) -> dict[str, PiKVConfig]:
-    caches: dict[str, PiKVConfig] = {}
-    for text in names:
-        name, pikv = Path(text).stem, read_cache(text)
-        if name in caches:
-            raise ValueError(f"--pikv {text}: another one is called {name}, too; rename one")
-        if name == LOSSLESS and pikv != lossless(pikv):
-            raise ValueError(f"--pikv {text}: it is not lossless; rename it")
-        if length > (pikv.max_sequence_length or length):
-            raise ValueError(
-                f"--pikv {text}: max_sequence_length {pikv.max_sequence_length} is less than "
-                f"--length {length}"
-            )
-        if pikv.replicas > architecture.moe_router_topk:
-            raise ValueError(
-                f"--pikv {text}: replicas {pikv.replicas} must not exceed the "
-                f"{architecture.moe_router_topk} experts that the model chooses for a token"
-            )
-        Placement.resolve(pikv, int(os.environ.get("WORLD_SIZE", "1")))
-        caches[name] = pikv
-    # The reference is laid out as the first of the others, unless one of that name is given.
-    return {LOSSLESS: lossless(next(iter(caches.values()))), **caches}
-
-
-def _kept(
-    caches: dict[str, PiKVConfig], shares: Sequence[float] | None
-) -> dict[str, PiKVConfig]:
-    """The caches, those that drop pages with each of these budgets."""
-    if shares is None:
-        return caches
-    if max(shares) > 1:
-        raise ValueError(f"--keep {max(shares):g}: no more than 1 can stay")
-    found: dict[str, PiKVConfig] = {}
-    for name, pikv in caches.items():
-        if isinstance(pikv.retention, KeepAllOptions):
-            found[name] = pikv
-            continue
-        across = {} if pikv.budget is None else pikv.budget.across
-        for share in shares:
-            budget = {"budget": ShareBudget(keep=share, **across)}
-            found[f"{name} {share:g}"] = pikv.model_copy(update=budget)
-    return found
-
-
-def read_cache(text: str) -> PiKVConfig:
-    """A name without a suffix is a preset's, unless there is such a file."""
-    if Path(text).exists() or Path(text).suffix:
-        return PiKVConfig.from_file(text)
-    return PiKVConfig(preset=text)

@@ -27,7 +27,7 @@ class Watcher:
         """A step that decodes comes, after which the token `place` behind the prompt is judged."""
 
     def after(self, place: int, seconds: float) -> None:
-        """It was fed."""
+        """It was fed; `seconds` are of this rank's processor, or, on a GPU, by the wall."""
 
     def end(self) -> None:
         """All was fed, and the sequences still hold their pages."""
@@ -56,6 +56,9 @@ class TeacherForcing:
         self._vocab_size = vocab_size
         self._on_step, self._watcher = on_step, watcher
         self.device = next(model.parameters()).device
+        # Logits come to the host at the end of a step, so a GPU is done then.
+        is_host = self.device.type == "cpu"
+        self._clock = time.process_time if is_host else time.perf_counter
         context.keep_all_logits()
 
     def own(self, rows: Tensor) -> Tensor:
@@ -104,9 +107,9 @@ class TeacherForcing:
     def _decode(self, sequences: list[CachedSequence], task: Task, place: int) -> Tensor:
         at = task.prompt_len + place
         self._watcher.before(place)
-        start = time.perf_counter()
+        start = self._clock()
         logits = self._step(sequences, task.ids[:, at - 1 : at])
-        self._watcher.after(place, time.perf_counter() - start)
+        self._watcher.after(place, self._clock() - start)
         return logits
 
     def _step(self, sequences: list[CachedSequence], ids: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Everything that is watched of a run, and the figures that it comes to."""
 
 import math
-from statistics import mean
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from pikv_megatron.evaluation.probes.codec_errors import CodecErrors
 from pikv_megatron.evaluation.probes.expert_traffic import ExpertTraffic
 from pikv_megatron.evaluation.probes.held_tokens import HeldTokens
 from pikv_megatron.evaluation.probes.page_counter import PageCounter
+from pikv_megatron.evaluation.probes.sent_bytes import SentBytes
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.teacher_forcing import Watcher
 from pikv_megatron.transformer.context import PiKVInferenceContext
@@ -31,7 +31,7 @@ class Watch(Watcher):
     """Watches a context on one task.
 
     Attention masses are measured on the first batch, `MOST_STEPS` steps of it; these steps are not
-    timed.
+    timed, nor are those whose traffic is counted.
 
     Args:
         model: that is run.
@@ -46,6 +46,7 @@ class Watch(Watcher):
         self._mass, self._errors = AttentionMass(context), CodecErrors(context)
         self._bounds = CertifiedBounds(context)
         self._traffic = ExpertTraffic(model, context)
+        self._sent = SentBytes(context.pikv_config.flush_interval)
         self._pages.on_read = self._mass.mark
         self._seconds: list[float] = []
         self._probed: set[int] | None = None
@@ -72,12 +73,15 @@ class Watch(Watcher):
         self._num_reads += len(self._sequences)
         if place in self._probed:
             self._mass.probe()
+        self._sent.before(place)
 
     def after(self, place, seconds):
+        is_timed = not self._sent.is_on and place not in self._probed
+        self._sent.end()
         self._pages.is_on = False
         if place in self._probed:
             self._mass.measure()
-        else:
+        if is_timed:
             self._seconds.append(seconds)
 
     def end(self):
@@ -96,6 +100,8 @@ class Watch(Watcher):
         by_shard, by_position, filled = map(self._sum, self._held.counts())
         lost, whole = map(self._sum, (self._errors.lost, self._errors.whole))
         mass, probes = self._sum(self._mass.mass), self._sum(self._mass.count)
+        sent, num_sent = self._total([self._sent.num_bytes, self._sent.num_steps])
+        seconds, num_timed = self._total([sum(self._seconds), len(self._seconds)])
         token_bytes = DENSE_BYTES * sum(kv.token_numbers for kv in self._shapes)
         return Figures(
             num_answers=round(answers),
@@ -115,7 +121,8 @@ class Watch(Watcher):
             dense_read_bytes=token_bytes * self._dense_reads / max(1, self._num_reads),
             token_bytes=self._page_bytes_a_token(),
             errors=(lost / whole.clamp(min=1e-300)).sqrt().tolist(),
-            step_ms=1000 * mean(self._seconds) if self._seconds else 0.0,
+            sent_bytes=sent / max(1, num_sent),
+            step_ms=1000 * seconds / max(1, num_timed),
             batch_size=self._num_sequences,
             tokens_by_shard=by_shard.tolist(),
             kept_by_position=torch.where(filled > 0, by_position / filled.clamp(min=1), -1.0)
@@ -132,6 +139,11 @@ class Watch(Watcher):
         """Of the pools of all layers that have any, for a token that they have room for."""
         pools = [layer.store.pool for layer in self._context.sharded_layers]
         return sum(sum(t.nbytes for t in p.tensors()) / p.position.numel() for p in pools)
+
+    def _total(self, numbers: list[float]) -> list[float]:
+        """Over the ranks."""
+        numbers = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        return self._sum(numbers).tolist()
 
     def _sum(self, numbers: Tensor) -> Tensor:
         """Over the ranks."""

@@ -14,6 +14,7 @@ import deepspeed.comm as dist
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from pikv_megatron.cache.step.step_rows import CachedSequence
 from pikv_megatron.cache.tiers.disk_tier import Loss
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.inference.homes import deal_homes
@@ -60,6 +61,32 @@ class Engine:
         self._runner = ModelRunner(model, self.context, vocab_size)
         self._next_id = 0
 
+    def reserve(self, num_sequences: int, num_tokens: int) -> None:
+        """Take the memory of sequences to come before the first of them does.
+
+        On a CPU pools grow where they are. On a GPU what they hold is copied when they grow, so a
+        server reserves once, for as many sequences as it is to run at once.
+
+        Args:
+            num_sequences: of all ranks, besides those that are running.
+            num_tokens: of each, new ones included.
+
+        Raises:
+            ValueError: there is no place for so many or such long sequences, or `memory_limit` is
+                less than they take; nothing has changed.
+        """
+        if num_tokens > self.context.max_sequence_length:
+            raise ValueError(
+                f"num_tokens {num_tokens} exceeds max_sequence_length "
+                f"{self.context.max_sequence_length}"
+            )
+        coming = [self.context.start(home) for home in self._homes(num_sequences)]
+        try:
+            self._reserve([(sequence, num_tokens) for sequence in coming])
+        finally:
+            for sequence in coming:
+                self.context.release(sequence)
+
     def add(self, requests: Sequence[Request]) -> list[int]:
         """Take requests, all of them or none; the ids of their sequences.
 
@@ -76,7 +103,13 @@ class Engine:
             else self.kept[request.resumes].next_turn(request)
             for request in requests
         ]
-        self._reserve(added)
+        try:
+            self._reserve([(sequence.cached, sequence.final_length) for sequence in added])
+        except BaseException:
+            for sequence in added:
+                if sequence.id not in self.kept:
+                    self.context.release(sequence.cached)
+            raise
         for sequence in added:
             self.kept.pop(sequence.id, None)
             self.running[sequence.id] = sequence
@@ -130,7 +163,7 @@ class Engine:
         What is kept is copied once, pool by pool.
         """
         self.context.compact()
-        self.context.reserve([(s.cached, s.final_length) for s in self.running.values()])
+        self._reserve()
 
     def save_learned(self, path: Path, model_name: str) -> None:
         """Write what routers have learned, for a later run whose configuration names the file under
@@ -171,17 +204,10 @@ class Engine:
         self._next_id += 1
         return LiveSequence.begin(self._next_id - 1, home, self.context.start(home), request)
 
-    def _reserve(self, added: list[LiveSequence]) -> None:
-        """Allocate what running sequences still lack, too: the new ones must not take it."""
-        try:
-            self.context.reserve(
-                [(s.cached, s.final_length) for s in (*self.running.values(), *added)]
-            )
-        except BaseException:
-            for sequence in added:
-                if sequence.id not in self.kept:
-                    self.context.release(sequence.cached)
-            raise
+    def _reserve(self, coming: Sequence[tuple[CachedSequence, int]] = ()) -> None:
+        """Allocate what running sequences still lack, too: those that come must not take it."""
+        running = [(s.cached, s.final_length) for s in self.running.values()]
+        self.context.reserve([*running, *coming])
 
     def _feed(self, feeds: FeedsByRank) -> EngineStep:
         num_prompt_tokens = sum(

@@ -11,7 +11,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from pikv_megatron.checkpoint.architecture import DTYPES, Architecture
 from pikv_megatron.checkpoint.huggingface_config import architecture_of, read_architecture
 from pikv_megatron.checkpoint.json_file import read_json
-from pikv_megatron.evaluation.options import read_cache
+from pikv_megatron.evaluation.caches import read_cache
 from pikv_megatron.inference.arguments import ArgumentParser, positive
 from pikv_megatron.planner.hardware import Hardware
 from pikv_megatron.planner.plan import Plan

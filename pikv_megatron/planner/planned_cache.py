@@ -8,7 +8,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from pikv_megatron.cache.layer_cache import LayerCache
-from pikv_megatron.cache.owner.page_statistics import PageStatistics
+from pikv_megatron.cache.owner.held_shares import HeldShares
 from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.layer_spec import LayerSpec
 from pikv_megatron.planner.target import Target
@@ -102,14 +102,15 @@ class PlannedCache:
     def _held_bytes(self, cache: LayerCache | SlidingCache) -> int:
         """What the last step leaves for the next where one rank has the whole of its attention."""
         is_alone = self._target.num_ranks == 1 and isinstance(cache, LayerCache)
-        if not is_alone or cache.store.statistics is None or not self._target.last_in_shards:
+        if not is_alone or cache.store.held is None or not self._target.last_in_shards:
             return 0
-        return PageStatistics.whole_bytes(
+        return HeldShares.whole_bytes(
             self._target.num_own, cache.spec.num_heads, self.num_read(cache)
         )
 
 
 def _kind(spec: LayerSpec) -> tuple:
-    """What sizes a layer's cache."""
+    """What sizes a layer's cache; layers that decide together may share their pages."""
     policy = spec.options.retention.build(spec.fitted)
-    return *spec.chosen, policy is not None and policy.keeps_none
+    apart = spec.number if spec.options.budget.joins_layers else None
+    return *spec.chosen, policy is not None and policy.keeps_none, apart

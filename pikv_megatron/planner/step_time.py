@@ -113,7 +113,7 @@ def bytes_recalled(target: Target, cache: PlannedCache) -> float:
     total = 0.0
     for layer in cache.layers:
         if isinstance(layer.cache, LayerCache):
-            read = share_read(target, cache, layer.cache) * layer.cache.store.pool.stored_bytes
+            read = share_read(target, cache, layer.cache) * layer.cache.store.stored_bytes
             total += layer.count * max(0.0, read - layer.bytes_by_part["pages"])
     return total
 
@@ -136,10 +136,10 @@ def _layer_read(target: Target, cache: PlannedCache, layer: PlannedLayer) -> flo
         return whole
     share = share_read(target, cache, layer.cache)
     if _asks_owners(layer.cache):
-        pages = layer.cache.store.pool.kv
-        keys = [pages.keys, pages.key_scale, pages.key_zero]
-        whole += sum(t.nbytes for t in keys if t is not None)
-    return whole + share * layer.cache.store.pool.stored_bytes
+        store = layer.cache.store
+        keys = [store.pool.kv.keys, store.pool.kv.key_scale, store.pool.kv.key_zero]
+        whole += sum(t.nbytes for t in keys if t is not None) / len(store.common.sharers)
+    return whole + share * layer.cache.store.stored_bytes
 
 
 def _asks_owners(layer: LayerCache) -> bool:

@@ -121,5 +121,5 @@ class _LayerTraffic:
             ahead = 0 if tiers is None else min(tiers.ahead, most)
         return HeaderLayout(
             self._cache.placement.num_shards if self._is_routed else 0, columns,
-            0 if layer.store.statistics is None else layer.spec.num_heads, drawn, ahead,
+            0 if layer.store.held is None else layer.spec.num_heads, drawn, ahead,
         ).num_words

@@ -93,6 +93,9 @@ class ShareBudget(PageBudget):
         0.25, gt=0, le=1, description="share of a shard's pages that stay, rounded up"
     )
 
+    def at_share(self, share, num_shards):
+        return type(self)(**self.model_dump() | {"keep": share})
+
     def limit(self, num_sealed):
         return (num_sealed * self.keep).ceil().long()
 

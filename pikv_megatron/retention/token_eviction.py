@@ -3,6 +3,7 @@
 Legend: ng KV heads, g query heads a KV head, c groups of pages, S tokens a page, w width.
 """
 
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from pikv_megatron.retention.base import RetentionOptions, RetentionPolicy
 from pikv_megatron.retention.expected_queries import ExpectedQueries
 from pikv_megatron.types import Ageing
 
+MOST_PAGES = 64  # that become one
+
 
 class TokenEvictionOptions(RetentionOptions):
     """Of several older pages, each KV head keeps the tokens that the calibrated distribution of
@@ -18,12 +21,21 @@ class TokenEvictionOptions(RetentionOptions):
     """
 
     name: Literal["token_eviction"] = "token_eviction"
-    pages: int = Field(4, ge=2, le=64, description="older pages of a shard that become one")
+    pages: int = Field(4, ge=2, le=MOST_PAGES, description="older pages of a shard that become one")
     young: int = Field(2, ge=0, description="newest pages of a shard that stay as they are")
     horizon: int = Field(512, ge=1, description="tokens behind a key that queries are expected in")
 
     needs_calibration: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = False
+
+    def at_share(self, share, num_shards):
+        pages = Fraction(share).limit_denominator(1000)
+        if pages.numerator > 1 or not 2 <= pages.denominator <= MOST_PAGES:
+            raise ValueError(
+                f"retention {self.name} makes one of 2 to {MOST_PAGES} pages, and {share:g} is "
+                f"none of 1/2, 1/3 ... 1/{MOST_PAGES}: leave that share out"
+            )
+        return self.model_copy(update={"pages": pages.denominator})
 
     def build(self, fitted=None):
         queries = ExpectedQueries.of(fitted, self.name, self.horizon)

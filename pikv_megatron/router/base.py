@@ -8,9 +8,11 @@ Legend: n sequences, N shards.
 """
 
 from abc import ABC, abstractmethod
+from fractions import Fraction
 from typing import ClassVar, Mapping
 
 import torch
+from pydantic import Field
 
 from pikv_megatron.options import Options
 from pikv_megatron.relevance import Ask
@@ -79,3 +81,20 @@ class RouterOptions(Options):
             ValueError: it is missing there.
         """
         return None
+
+
+class VisitingOptions(RouterOptions):
+    """Parameters of a router that visits some of the shards."""
+
+    k: int = Field(2, ge=1, description="shards to visit")
+
+    def at_share(self, share, num_shards):
+        part = Fraction(share).limit_denominator(1000)
+        k = part * num_shards
+        if k.denominator > 1:
+            raise ValueError(
+                f"router {self.name} visits whole shards, and {share:g} of {num_shards} is {k}: "
+                f"set token_shards, or expert_shards, to a multiple of {part.denominator}, or "
+                "leave that share out"
+            )
+        return self.model_copy(update={"k": int(k)})

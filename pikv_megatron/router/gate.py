@@ -9,14 +9,13 @@ import torch
 from pydantic import Field
 
 from pikv_megatron.ops.route_topk import route_topk
-from pikv_megatron.router.base import KVRouter, RouterOptions
+from pikv_megatron.router.base import KVRouter, VisitingOptions
 from pikv_megatron.router.linear_gate import LinearGate
 
 
-class GateOptions(RouterOptions):
+class GateOptions(VisitingOptions):
     """Parameters of a router over shard logits."""
 
-    k: int = Field(2, ge=1, description="shards to visit")
     source: Literal["relevance", "moe", "previous", "gate"] = Field(
         "relevance", description="logits of the shards: `relevance`, page scores summed per shard; "
         "`moe`, what the layer's MoE router makes of the attention's input; `previous`, experts "

@@ -5,14 +5,13 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pikv_megatron.router.base import KVRouter, RouterOptions
+from pikv_megatron.router.base import KVRouter, VisitingOptions
 
 
-class HashOptions(RouterOptions):
+class HashOptions(VisitingOptions):
     """The shard of the query's own position, and those behind it: what the paper starts from."""
 
     name: Literal["hash"] = "hash"
-    k: int = Field(2, ge=1, description="shards to visit")
     block: int = Field(64, ge=1, description="neighbours that visit the same shards")
 
     def build(self, num_slots, num_shards, device):

@@ -23,6 +23,12 @@ class HierarchicalOptions(GateOptions):
     )
     visited_groups: int = Field(1, ge=1, description="groups to visit")
 
+    def at_share(self, share, num_shards):
+        """Of as few groups as have so many shards."""
+        put = super().at_share(share, num_shards)
+        visited = -(-put.k * min(self.groups, num_shards) // num_shards)
+        return put.model_copy(update={"visited_groups": visited})
+
     def build(self, num_slots, num_shards, device):
         return HierarchicalRouter(self.k, self.groups, self.visited_groups)
 

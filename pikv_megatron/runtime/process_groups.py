@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
 from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
+from pikv_megatron.runtime.extension_lock import await_extension_lock
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 # A process that has one of these was started by torchrun or deepspeed, MPI, or Slurm.
@@ -46,13 +47,17 @@ def init_process_groups(
 
     Raises:
         ValueError: a size is not positive, or their product does not divide the world size.
+        RuntimeError: a killed process left its lock on DeepSpeed's collectives.
     """
     apply_cpu_fallback()
     if not dist.is_initialized():
         if not LAUNCHER_VARIABLES & os.environ.keys():
             os.environ.update(ONE_RANK)
+        has_cuda = torch.cuda.is_available()
+        if not has_cuda:
+            await_extension_lock()
         deepspeed.init_distributed(
-            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            dist_backend="nccl" if has_cuda else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
             verbose=False,
         )

@@ -26,6 +26,9 @@ class BudgetOptions(SelectorOptions):
             raise ValueError("selector.share and selector.pages exclude each other: keep one")
         return self
 
+    def at_share(self, share, num_shards):
+        return self.model_copy(update={"share": share, "pages": None})
+
     def build(self):
         share = 0.125 if self.share is None and self.pages is None else self.share
         return BudgetSelector(share, self.pages)

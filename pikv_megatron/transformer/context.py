@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Sequence
 
 import deepspeed.comm as dist
 import torch
@@ -17,6 +17,8 @@ from pikv_megatron.cache.home.stream_window import StreamWindow
 from pikv_megatron.cache.layer_cache import LayerCache
 from pikv_megatron.cache.owner.pinned import Pinned
 from pikv_megatron.cache.owner.shard_store import ShardStore
+from pikv_megatron.cache.owner.verdicts import decide_together
+from pikv_megatron.cache.page_needs import PageForecast
 from pikv_megatron.cache.placement import Placement
 from pikv_megatron.cache.sliding_cache import SlidingCache
 from pikv_megatron.cache.step.step_plan import StepPlan
@@ -69,20 +71,24 @@ class PiKVInferenceContext(StaticInferenceContext):
         self.placement = Placement.resolve(config, self.num_ranks, self.rank)
         self.footprint = Footprint(self.placement, config.page_size, max(1, self.keeps_experts))
         self.layout = WindowLayout(config.num_sinks, config.window, config.flush_interval)
+        self._forecast = PageForecast(
+            self.footprint, self.layout, -(-config.prefill_chunk_size // config.page_size),
+            self.num_ranks, self.rank, max_batch_size,
+        )
         self.plan: StepPlan | None = None
         self._pads_evenly = pads_evenly
         self._sequences: dict[int, CachedSequence] = {}
         self._driven = False
         self._rotary_table: tuple[torch.Tensor, float] | None = None
-        self.layers = {spec.number: self._new_layer(spec) for spec in specs}
+        self.layers: dict[int, LayerCache | SlidingCache] = {}
+        for spec in specs:
+            self.layers[spec.number] = self._new_layer(spec)
         sources = [layer.expert_source for layer in self.layers.values()]
         self.keeps_last_experts = "previous" in sources
         self.last_experts: torch.Tensor | None = None
-        peers = [
-            layer.verdicts for layer in self.sharded_layers if layer.store.keeper.joins_layers
-        ]
-        for verdicts in peers:
-            verdicts.peers = peers
+        decide_together(
+            [layer.verdicts for layer in self.sharded_layers if layer.store.keeper.joins_layers]
+        )
         full = self.sharded_layers
         self.tiers = Tiers(
             [layer.store for layer in full], [layer.spec.options.retention.tiers for layer in full]
@@ -191,11 +197,12 @@ class PiKVInferenceContext(StaticInferenceContext):
             ValueError: the cache of some rank would exceed `memory_limit`, and nothing was
                 allocated; or some rank has no space for the pages that lie in a file.
         """
-        wanted = [(layer, *self._wanted_pages(layer, lengths)) for layer in self.sharded_layers]
+        layers = self.sharded_layers
+        needs = self._forecast.needs([layer.store for layer in layers], lengths)
         if self.pikv_config.memory_limit is not None:
-            self._check_memory(sum(layer.growth_bytes(*pages) for layer, *pages in wanted))
-        for layer, *pages in wanted:
-            layer.reserve(*pages)
+            self._check_memory(sum(map(LayerCache.growth_bytes, layers, needs)))
+        for layer, own in zip(layers, needs):
+            layer.reserve(own)
         if self.tiers:
             self._hold_space()
 
@@ -290,29 +297,6 @@ class PiKVInferenceContext(StaticInferenceContext):
             self._pads_evenly,
         )
 
-    def _wanted_pages(
-        self, layer: LayerCache, lengths: Sequence[tuple[CachedSequence, int]]
-    ) -> tuple[int, int, int, int]:
-        """Pages to be free on this rank, and of its own sequences on all ranks; the most that any
-        sequence comes to have here; and those of the first that are to grow old."""
-        owned = noted = old = passing = listed = 0
-        for sequence, length in lengths:
-            home = sequence.slot // self.max_batch_size
-            here = self._missing_pages(layer, sequence, length, home == self.rank)
-            owned, old = owned + here.stay, old + here.old
-            passing += here.pass_on
-            if home == self.rank:
-                far = self._missing_pages(layer, sequence, length, at_home=False)
-                noted += here.stay + (self.num_ranks - 1) * far.stay
-                listed += here.go + (self.num_ranks - 1) * far.go
-        # What a prompt's chunk fills is dropped, or packed anew, after it was filled.
-        chunk = -(-self.pikv_config.prefill_chunk_size // self.pikv_config.page_size)
-        owned += min(chunk, passing)
-        noted += min(chunk, listed)
-        longest = max((length for _, length in lengths), default=0)
-        most = self.footprint.most_pages(self._num_in_shards(longest))
-        return owned, noted, layer.store.keeper.num_columns(most), old
-
     def _check_memory(self, growth: int) -> None:
         """Refuse on all ranks what is too much for one of them."""
         limit = self.pikv_config.memory_limit
@@ -346,23 +330,6 @@ class PiKVInferenceContext(StaticInferenceContext):
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.ep_group)
         return int(most)
 
-    def _missing_pages(
-        self, layer: LayerCache, sequence: CachedSequence, length: int, at_home: bool
-    ) -> "_MissingPages":
-        """Of a sequence of `length` tokens, spread evenly, on a rank."""
-        keeper, later = layer.store.keeper, self._num_in_shards(length)
-        filled = self.footprint.enough_pages(later, at_home)
-        now = sequence.flushed - self.pikv_config.num_sinks
-        wanted = keeper.num_columns(filled)
-        held = keeper.num_columns(self.footprint.full_pages(now, at_home))
-        old = keeper.num_old(wanted)
-        go = filled - wanted
-        return _MissingPages(wanted - held, old - keeper.num_old(held), go, go + old)
-
-    def _num_in_shards(self, length: int) -> int:
-        """Tokens in shards of a sequence of `length`, at most."""
-        return max(0, length - self.pikv_config.num_sinks - self.pikv_config.window)
-
     def _new_layer(self, spec: LayerSpec) -> LayerCache | SlidingCache:
         if spec.sliding_window is not None:
             return SlidingCache(spec, self.max_batch_size)
@@ -372,10 +339,14 @@ class PiKVInferenceContext(StaticInferenceContext):
             spec.kv, slots, self.layout.size, self.keeps_experts,
             spec.options.retention.needs_scores,
         )
+        others = []
+        if spec.options.budget.joins_layers:
+            stores = (layer.store for layer in self.sharded_layers)
+            others = [store.common for store in stores if store.keeper.joins_layers]
         store = ShardStore(
             spec, self.placement, page_size, slots * self.num_ranks, max_pages,
             self.keeps_experts > 1, Pinned.of(self.pikv_config.pinned, self.footprint),
-            self.max_sequence_length,
+            self.max_sequence_length, others,
         )
         directory = None
         if not isinstance(spec.options.sketch, NoSketchOptions):
@@ -425,19 +396,3 @@ class PiKVInferenceContext(StaticInferenceContext):
                     self.release(self._sequences[slot])
                 self._sequences[slot] = CachedSequence(slot, flushed=self.pikv_config.num_sinks)
         return [StepRow(self._sequences[slot], count) for slot in slots]
-
-
-class _MissingPages(NamedTuple):
-    """What a sequence needs on a rank besides the pages that it has.
-
-    Attributes:
-        stay: pages.
-        old: those of them that are to grow old.
-        go: pages that it fills and that do not stay.
-        pass_on: pages that it fills and that do not stay as they are.
-    """
-
-    stay: int
-    old: int
-    go: int
-    pass_on: int

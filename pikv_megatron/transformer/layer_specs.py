@@ -10,12 +10,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from pikv_megatron.config import PiKVConfig
-from pikv_megatron.transformer.attention import PiKVSelfAttention
-from pikv_megatron.transformer.latent_attention import (
-    LatentDotProductAttention,
-    PiKVLatentAttention,
-)
-from pikv_megatron.transformer.plain_linears import PLAIN
 from pikv_megatron.runtime.cpu_fallback import apply_cpu_fallback
 from pikv_megatron.runtime.latent_layers import fit_latent_layers
 from pikv_megatron.runtime.norms import (
@@ -24,8 +18,13 @@ from pikv_megatron.runtime.norms import (
     fit_final_norm,
     fit_layer_norms,
 )
+from pikv_megatron.transformer.attention import PiKVSelfAttention
+from pikv_megatron.transformer.latent_attention import (
+    LatentDotProductAttention,
+    PiKVLatentAttention,
+)
+from pikv_megatron.transformer.plain_linears import PLAIN
 from pikv_megatron.transformer.transformer_layer import pikv_layer_class
-
 
 CACHED = {SelfAttention: PiKVSelfAttention, MLASelfAttention: PiKVLatentAttention}
 

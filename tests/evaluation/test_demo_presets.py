@@ -18,8 +18,8 @@ from pikv_megatron.evaluation.tasks.registry import TASKS
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models/demo"
 LENGTH, SAMPLES = 1024, {"recall": 8, "text": 8}
-PRESETS = "low_rank_16th", "low_rank_mass", "low_rank_8th_tail"
-# What files of configs/methods may cost of perplexity, and how many times smaller pages are. The
+PRESETS = "low_rank_16th", "low_rank_mass", "low_rank_tail"
+# What files of configs/codecs may cost of perplexity, and how many times smaller pages are. The
 # text is the library of the Python that runs this: K4/V2 cost 0.7% on that of 3.11.2, and under
 # 0.5% on that of 3.11.7.
 CODECS = {
@@ -36,7 +36,7 @@ def evaluations(one_rank) -> Evaluations:
     ).eval()
     evaluator = Evaluator(model, VOCAB_SIZE, batch_size=8)
     caches = {name: PiKVConfig(preset=name) for name in PRESETS}
-    files = {name: ROOT / f"configs/methods/{name}.yaml" for name in CODECS}
+    files = {name: ROOT / f"configs/codecs/{name}.yaml" for name in CODECS}
     caches |= {name: PiKVConfig.from_file(file) for name, file in files.items()}
     caches = {LOSSLESS: lossless(caches[PRESETS[0]]), **caches}
     source = Source(Tokenizer.from_directory(MODEL), is_bytewise=True)
@@ -55,7 +55,7 @@ def test_recall_is_that_of_the_lossless_cache(evaluations, name):
 
 
 @pytest.mark.parametrize(
-    "name, most", [("low_rank_mass", 0.005), ("low_rank_8th_tail", 0.01)]
+    "name, most", [("low_rank_mass", 0.005), ("low_rank_tail", 0.01)]
 )
 def test_text_costs_little(evaluations, name, most):
     assert change(evaluations[name]["text"], evaluations[LOSSLESS]["text"]) <= most
@@ -71,7 +71,7 @@ def test_codecs_cost_little_and_save_much(evaluations, name):
 
 def test_a_small_part_is_read(evaluations):
     """Budgets are rounded up to whole pages; what the mass needs differs by layer."""
-    for name, share in (("low_rank_16th", 1 / 16), ("low_rank_8th_tail", 1 / 8)):
+    for name, share in (("low_rank_16th", 1 / 16), ("low_rank_tail", 1 / 8)):
         for figures in evaluations[name].values():
             assert all(share <= read < share + 0.02 for read in figures.pages_read)
     by_layer = evaluations["low_rank_mass"]["recall"].pages_read

@@ -23,7 +23,8 @@ def figures(accuracy: float = 1.0, num_answers: int = 8, held: int = 50) -> Figu
         perplexity=3.0 / accuracy, divergence=1 - accuracy, agreed_tokens=5.0,
         pages_read=[1.0, 0.5], pages_kept=[1.0, 1.0], mass_read=[1.0, 0.75], held_bytes=held,
         dense_bytes=100, read_bytes=held / 2, dense_read_bytes=100, token_bytes=held,
-        errors=[[[0.1], [0.2]], [[0.3], [0.4]]], step_ms=2.0, batch_size=4,
+        errors=[[[0.1], [0.2]], [[0.3], [0.4]]], sent_bytes=3.0 * 1024 * held, step_ms=held / 8,
+        batch_size=4,
         tokens_by_shard=[[3, 4], [5, 6]], kept_by_position=[[1.0, -1.0], [0.5, 0.0]],
         tokens_by_expert=[[1, 2], [3, 4]],
     )
@@ -66,11 +67,11 @@ def test_tables_say_what_was_measured(grid):
     assert accuracy.columns == ["cache", "average", "needle", "text"]
     assert accuracy.rows[1] == ["a < b", "80.0", "80.0 (40)", "80.0"]
     row = dict(zip(cost.columns, cost.rows[1]))
-    assert row["perplexity"] == "3.7500" and row["change %"] == "+25.00"
-    assert row["KL"] == "0.2000" and row["greedy"] == "5.0" and row["mass %"] == "87.5"
-    assert row["pages read %"] == "100 / 50" and row["held / dense"] == "0.250 (1/4.0)"
-    assert row["read / dense"] == "0.125" and row["B a token"] == "25 (1/4.0)"
-    assert row["error K, V %"] == "20.0, 30.0" and row["ms a step"] == "2.0"
+    assert row["perplexity"] == "3.750 (+25.00%)" and row["KL"] == "0.2000"
+    assert row["read / dense"] == "0.125" and row["held / dense"] == "0.250 (1/4.0)"
+    assert row["KiB sent a step"] == "75.0" and row["ms a step"] == "3.12"
+    # What is the same for all says nothing.
+    assert not {"pages read %", "kept %", "mass %", "greedy", "bound %"} & set(cost.columns)
     assert accuracy.markdown().splitlines()[2].startswith("| cache | average |")
 
 

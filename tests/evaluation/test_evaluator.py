@@ -190,6 +190,16 @@ def test_bytes_are_those_beside_a_dense_cache(evaluations):
         assert evaluations[name]["text"].read_bytes < whole.read_bytes
 
 
+def test_what_is_sent_is_what_ranks_hand_to_collectives(by_ranks):
+    """In a step a rank has one sequence, the mean over batches of three and one. Its query goes to
+    both ranks in two layers, 4 heads of 8 numbers of float32, and comes home with a log-sum-exp a
+    head; headers and flushes come on top."""
+    assert all(x.sent_bytes == 0 for tasks in by_ranks[1].values() for x in tasks.values())
+    queries = 2 * 2 * (4 * 8 * 4 + 4 * (8 + 1) * 4)
+    for figures in by_ranks[2]["lossless"].values():
+        assert queries < figures.sent_bytes < 2 * queries
+
+
 def test_what_is_lost_shows(evaluations):
     whole = evaluations["lossless"]["text"]
     for name in ("quarter", "routed", "half", "four_bits"):

@@ -202,6 +202,7 @@ def test_a_full_engine_refuses(one_rank, model):
     {},
     {"selector": {"name": "mass", "tail": "mean"}, "retention": "h2o",
      "codec": {"transform": "svd", "format": "int8"}},
+    {"retention": "h2o", "budget": {"name": "share", "across_layers": 2}},
 ])
 def test_the_memory_limit_is_kept_to_the_byte(one_rank, model, methods):
     """It is what the cache has once the pages are reserved; a byte less is refused."""
@@ -221,6 +222,23 @@ def test_the_memory_limit_is_kept_to_the_byte(one_rank, model, methods):
     tight.add([Request([1] * 20, 4)])
     run(tight)
     check_empty(tight)
+
+
+def test_pools_do_not_grow_for_what_was_reserved(engine, model):
+    """So nothing that they hold is copied, where they cannot grow in place."""
+    (running,) = engine.add([Request([5, 9, 2], 14)])
+    engine.reserve(3, 70)
+    pages, size = engine.context.num_pages, engine.context.allocated_bytes()
+    assert list(engine.running) == [running] and len(engine.context._sequences) == 1
+    ids = [engine.add([request])[0] for request in (Request([1] * 60, 10), EARLY[1], EARLY[2])]
+    tokens = run(engine)
+    assert tokens[running] == without_cache(model, EARLY[0]) and len(tokens[ids[0]]) == 10
+    assert (engine.context.num_pages, engine.context.allocated_bytes()) == (pages, size)
+    with pytest.raises(ValueError, match="max_batch_size 7: 8 sequences came"):
+        engine.reserve(8, 70)
+    with pytest.raises(ValueError, match="num_tokens 513 exceeds max_sequence_length 512"):
+        engine.reserve(1, 513)
+    check_empty(engine)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +305,7 @@ SHRUNK = [
     {},
     {"retention": "h2o", "sketch": "bounding_box",
      "selector": {"name": "budget", "share": 0.5, "tail": "mean"}},
+    {"retention": "h2o", "budget": {"name": "share", "across_layers": 1.5}},
 ]
 
 

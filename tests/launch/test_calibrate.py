@@ -42,17 +42,30 @@ def arguments(folder: Path, *more: str) -> list[str]:
     return ["--model", str(folder / "model"), "--length", "128", "--windows", "4", *more]
 
 
-def test_one_rank_and_two_find_the_same(folder):
-    files = folder / "one.safetensors", folder / "two.safetensors"
+def run_alone(program: Path, *values: str) -> subprocess.CompletedProcess:
+    """Without the launcher, and from elsewhere."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    wanted = arguments(folder, "--per-expert")
-    alone = subprocess.run(
-        [sys.executable, str(PROGRAM), *wanted, "--output", str(files[0])],
+    done = subprocess.run(
+        [sys.executable, str(program), *values],
         capture_output=True, text=True, timeout=240, env=environment, cwd="/",
     )
-    assert alone.returncode == 0, alone.stderr
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def calibration(folder) -> Path:
+    """Made by one rank."""
+    file = folder / "one.safetensors"
+    alone = run_alone(PROGRAM, *arguments(folder, "--per-expert", "--output", str(file)))
     assert "2 layers, 512 tokens" in alone.stdout
-    pair = launch(PROGRAM, *wanted, "--output", str(files[1]), timeout=240)
+    return file
+
+
+def test_one_rank_and_two_find_the_same(folder, calibration):
+    files = calibration, folder / "two.safetensors"
+    wanted = arguments(folder, "--per-expert", "--output", str(files[1]))
+    pair = launch(PROGRAM, *wanted, timeout=240)
     assert pair.returncode == 0, pair.stderr
     one, two = (load_calibrated(file) for file in files)
     assert one.manifest == two.manifest and one.manifest["model"] == "model"
@@ -167,21 +180,19 @@ def test_bad_options_are_refused(folder, more, named):
         parse_options(arguments(folder, *output, *more))
 
 
-def test_a_budget_is_spent_and_held(folder):
-    program = PROGRAM.with_name("allocate.py")
-    (folder / "sizes.yaml").write_text("shard_after: 0\npage_size: 8\nnum_sinks: 2\nwindow: 8\n")
-    output = folder / "budget.yaml"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    values = arguments(folder, "--pikv", str(folder / "sizes.yaml"), "--output", str(output))
-    done = subprocess.run(
-        [sys.executable, str(program), *values, "--bytes", "100"], capture_output=True, text=True,
-        timeout=240, env=environment, cwd="/",
+def test_a_budget_is_spent_and_held(folder, calibration, tmp_path):
+    sizes, output = folder / "sizes.yaml", tmp_path / "budget.yaml"
+    sizes.write_text(
+        "shard_after: 0\npage_size: 8\nnum_sinks: 2\nwindow: 8\n"
+        f"calibration: {calibration.name}\n"
     )
-    assert done.returncode == 0, done.stderr
+    values = arguments(folder, "--pikv", str(sizes), "--output", str(output))
+    done = run_alone(PROGRAM.with_name("allocate.py"), *values, "--bytes", "100")
     assert "layer 1: keys " in done.stdout and "bytes a token, of 100" in done.stdout
     config = PiKVConfig.from_file(output)
     assert config.page_size == 8 and len(config.layers) == 2
     specs = config.resolve([LayerShape(KV, 4, 0.3)] * 2)
+    assert all(spec.moments is not None for spec in specs)
     pools = [spec.options.codec.build(spec.kv, 8, 1).allocate(1) for spec in specs]
     assert 60 <= sum(x.nbytes for pool in pools for x in pool if x is not None) / 8 <= 100
     with pytest.raises(ValueError, match="--bytes"):

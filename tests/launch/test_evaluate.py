@@ -56,6 +56,8 @@ def test_one_rank_and_two_find_the_same_and_nothing_is_run_twice(folder, tmp_pat
             assert "</svg>" in (tmp_path / name / file).read_text()
     one, two = found
     check_records(one)
+    assert {record["figures"]["sent_bytes"] for record in one.values()} == {0}
+    assert all(record["figures"]["sent_bytes"] > 0 for record in two.values())
     for key, record in two.items():
         assert record["command"].startswith("deepspeed --num_accelerators 2 ")
         figures, others = record["figures"], one[key]["figures"]
@@ -169,11 +171,32 @@ def test_refuses_a_lossy_cache_of_the_reference_s_name(tmp_path, folder):
         parse_options(arguments(folder, str(tmp_path / "lossless.yaml")))
 
 
-def test_keep_runs_every_cache_that_drops_pages_with_every_share(folder, tmp_path):
-    (tmp_path / "h2o.yaml").write_text(SIZES + "retention: h2o\n")
-    caches = str(tmp_path / "h2o.yaml"), str(folder / "eight_bits.yaml")
-    options = parse_options([*arguments(folder, *caches), "--keep", "0.5", "0.125"])
-    shares = {name: pikv.budget and pikv.budget.keep for name, pikv in options.caches.items()}
-    assert shares == {"lossless": None, "h2o 0.5": 0.5, "h2o 0.125": 0.125, "eight_bits": None}
-    with pytest.raises(ValueError, match="--keep 1.5: no more than 1 can stay"):
-        parse_options([*arguments(folder, *caches), "--keep", "1.5"])
+CACHES_WITH_SHARES = {
+    "third": ("selector: {name: budget, pages: 3}\n", lambda pikv: pikv.selector.share),
+    "h2o": ("retention: h2o\n", lambda pikv: pikv.budget.keep),
+    "routed": ("token_shards: 8\nrouter: hash\n", lambda pikv: pikv.router.k / 8),
+    "flexgen": (
+        "retention: flexgen\nselector: budget\n",
+        lambda pikv: max(pikv.budget.keep, pikv.selector.share),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES_WITH_SHARES)
+def test_a_cache_is_run_at_every_share(folder, tmp_path, name):
+    text, share_of = CACHES_WITH_SHARES[name]
+    (tmp_path / f"{name}.yaml").write_text(SIZES + text)
+    caches = str(tmp_path / f"{name}.yaml"), str(folder / "eight_bits.yaml")
+    found = parse_options([*arguments(folder, *caches), "--shares", "0.5", "0.125"]).caches
+    assert list(found) == ["lossless", f"{name} 1/2", f"{name} 1/8", "eight_bits"]
+    assert [share_of(found[f"{name} {share}"]) for share in ("1/2", "1/8")] == [0.5, 0.125]
+
+
+def test_refuses_a_share_that_cannot_be_had(folder, tmp_path):
+    (tmp_path / "routed.yaml").write_text(SIZES + "token_shards: 8\nrouter: hash\n")
+    given = arguments(folder, str(tmp_path / "routed.yaml"))
+    with pytest.raises(ValueError, match="--shares 0.0625: .*routed.yaml: router hash .* of 8 is "
+                       "1/2: set token_shards.* to a multiple of 16"):
+        parse_options([*given, "--shares", "0.0625"])
+    with pytest.raises(ValueError, match="--shares 1.5: there is no more than 1"):
+        parse_options([*given, "--shares", "1.5"])

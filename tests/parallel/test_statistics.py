@@ -47,7 +47,7 @@ def true_masses(keys: torch.Tensor, query: torch.Tensor, position: int) -> torch
 
 def held_masses(context, layer, slot: int) -> dict:
     """Statistics by the positions of a page, of all ranks."""
-    store, held = layer.store, layer.store.statistics
+    store, held = layer.store, layer.store.masses
     names = ["mass", "seen", "observed"] + (["last_used", "uses"] if held.uses is not None else [])
     mine = {
         tuple(store.pool.position[page].tolist()):
@@ -98,7 +98,7 @@ def check(pg, name: str, dispatcher: str) -> None:
         )
         if count == 1 and context.rank == home and "learned" in name:
             check_told(context, told, true_masses(keys, queries[first], first), flushed)
-        if layer.store.statistics is None:
+        if layer.store.masses is None:
             layer.settle(context.plan, None)
             context.finish_step()
             continue
@@ -111,7 +111,7 @@ def check(pg, name: str, dispatcher: str) -> None:
         # The last queries of a prompt, or a decode step's own, judge the pages that there are.
         judged = range(first + count - min(4, count), first + count)
         judgements += [(position, held if count > 1 else known) for position in judged]
-    if layer.store.statistics is None:
+    if layer.store.masses is None:
         return
     final = held_masses(context, layer, sequence.slot)
     assert len(final) > 8
@@ -157,4 +157,4 @@ def test_a_slot_beyond_what_sixteen_bits_count_is_observed():
     layer.attend(torch.randn(30, HEADS, WIDTH).bfloat16(), keys, keys, context.plan)
     layer.settle(context.plan, None)
     kept = layer.store.table.pages_of(257)
-    assert len(kept) and (layer.store.statistics.seen[kept] == 4).all()
+    assert len(kept) and (layer.store.masses.seen[kept] == 4).all()

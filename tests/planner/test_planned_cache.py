@@ -31,28 +31,33 @@ LATENT = Architecture(
         kv_lora_rank=24, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=12
     ),
 )
-LATENT_CACHES = ("lossless", "h2o", "int4", "allgather")
+LATENT_CACHES = "pikv/lossless", "pikv/h2o", "codecs/int4", "allgather"
 CONTEXT, NEW, BATCH = 500, 20, 3
 NEAR = 96  # first tokens that stay at home: short contexts shall be spread, too
-FOLDERS = "configs/pikv", "configs/methods"
+FOLDERS = [
+    f"configs/{name}" for name in ("pikv", "routing", "selection", "retention", "codecs")
+]
 # What is decoded, too; and by how much steps may send more or less than is planned.
 DECODED = {
-    "lossless": 0.0, "h2o": 0.0, "adakv_half": 0.0, "int4": 0.0, "route_round_robin": 0.0,
-    "flexgen_8th": 0.0,
-    "low_rank_mass": 0.03,  # the columns of its header grow while steps are counted
-    "keys_8th": 0.03,
+    "pikv/lossless": 0.0, "pikv/h2o": 0.0, "retention/adakv": 0.0, "codecs/int4": 0.0,
+    "routing/round_robin": 0.0, "retention/flexgen": 0.0,
+    "pikv/low_rank_mass": 0.03,  # the columns of its header grow while steps are counted
+    "selection/keys": 0.03,
     "allgather": 0.0,
 }
 # Decoded, too: of these the plan only says what they send at most.
-ROUTED = "route_top_k", "route_hierarchical"
+ROUTED = "routing/top_k", "routing/hierarchical"
 
 
 def configs() -> dict[str, PiKVConfig]:
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.yaml")]
-    read = {path.stem: PiKVConfig.from_file(path) for path in sorted(paths)}
+    read = {f"{p.parent.name}/{p.stem}": PiKVConfig.from_file(p) for p in sorted(paths)}
     # A calibration is of one model, and weights are drawn here.
-    found = {name: pikv for name, pikv in read.items() if pikv.calibration is None}
-    found["allgather"] = found["h2o"].model_copy(update={"dispatcher": "allgather"})
+    found = {
+        name: pikv for name, pikv in read.items()
+        if pikv.calibration is None and pikv.retention.extra is None
+    }
+    found["allgather"] = found["pikv/h2o"].model_copy(update={"dispatcher": "allgather"})
     return {
         name: pikv.model_copy(update={"shard_after": min(NEAR, pikv.shard_after)})
         for name, pikv in found.items()
@@ -163,7 +168,8 @@ def check_traffic(name: str, sent: dict[str, float], planned: dict[str, float]) 
 
 def check_packing(by_rank: list[dict]) -> None:
     """Tokens travel in the bits that their pages allow: 112 bytes of numbers instead of 512."""
-    flushed = [sum(x["sent"][name]["flush"] for x in by_rank) for name in ("int4", "lossless")]
+    names = "codecs/int4", "pikv/lossless"
+    flushed = [sum(x["sent"][name]["flush"] for x in by_rank) for name in names]
     assert flushed[0] < 0.4 * flushed[1]
 
 
@@ -171,14 +177,15 @@ def check_skipping(by_rank: list[dict]) -> None:
     """Queries travel to the ranks of the shards that they visit, and to no others."""
     sent = {
         name: sum(found["sent"][name][op] for found in by_rank for op in ("query", "combine"))
-        for name in ("lossless", *ROUTED)
+        for name in ("pikv/lossless", *ROUTED)
     }
-    # Two of eight shards are on one rank where they are of one group, and else on two at most.
-    most = {"route_hierarchical": 1, "route_top_k": 2}
+    # Two of the shards are on one rank where they are of one group, and else on two at most.
+    most = {"routing/hierarchical": 1, "routing/top_k": 2}
+    whole = sent["pikv/lossless"]
     for name, num_visited in most.items():
-        assert sent[name] < 1.25 * num_visited / len(by_rank) * sent["lossless"], name
+        assert sent[name] < 1.25 * num_visited / len(by_rank) * whole, name
     if len(by_rank) == 4:
-        assert sent["route_hierarchical"] < 0.4 * sent["lossless"]
+        assert sent["routing/hierarchical"] < 0.4 * whole
 
 
 def test_one_rank_takes_what_is_planned(one_rank):

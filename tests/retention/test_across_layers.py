@@ -71,11 +71,33 @@ def test_pages_move_to_the_layers_that_look_at_them(fields):
     context.check_integrity()
 
 
-def test_room_is_reserved_for_what_a_layer_may_keep():
-    context = new_context(budget=BUDGET | {"across_layers": 1.5})
+def reserved(**fields) -> PiKVInferenceContext:
+    context = new_context(**fields)
+    context.reserve([(context.start(0), 190)])
+    return context
+
+
+def test_layers_that_decide_together_have_room_for_what_they_keep_together():
+    """A layer may list half as many pages more, and one pool has no more than even budgets have."""
+    context, even = reserved(), reserved(budget=BUDGET | {"across_layers": 1})
     stores = [layer.store for layer in context.sharded_layers]
     assert [store.keeper.num_columns(50) for store in stores] == [6, 6, 6]
     assert [store.keeper.num_columns(5) for store in stores] == [5, 5, 5]
+    assert len({id(store.pool) for store in stores}) == 1
+    pools = [layer.store.pool for layer in even.sharded_layers]
+    assert stores[0].pool.null_page == sum(pool.null_page for pool in pools)
+    more = even.bytes_by_part()["pages"] - context.bytes_by_part()["pages"]
+    assert more == 2 * sum(t[:, -1].nbytes for t in stores[0].pool.payload())  # null pages
+
+
+def test_layers_whose_pages_differ_have_room_for_the_most_of_each():
+    layers = [{"match": "1", "codec": {"format": "int8"}}]
+    context = reserved(layers=layers)
+    first, second, third = (layer.store for layer in context.sharded_layers)
+    assert first.pool is third.pool is not second.pool
+    alone = reserved(layers=layers, budget={"name": "pages", "pages": 3})
+    for store, layer in zip((first, second), alone.sharded_layers):
+        assert store.pool.null_page == len(store.common.sharers) * layer.store.pool.null_page
 
 
 @pytest.mark.parametrize("fields, message", [

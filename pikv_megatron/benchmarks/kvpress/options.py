@@ -12,7 +12,7 @@ from pikv_megatron.checkpoint.huggingface_config import read_architecture
 from pikv_megatron.checkpoint.tokenizer import Tokenizer
 from pikv_megatron.config import PiKVConfig
 from pikv_megatron.evaluation.byte_ids import is_bytewise
-from pikv_megatron.evaluation.options import read_cache
+from pikv_megatron.evaluation.caches import read_cache
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.tasks.base import Source
 from pikv_megatron.evaluation.tasks.registry import TASKS

@@ -6,7 +6,8 @@ Legend: r sequences, m columns of a sequence, s shards of this rank, S tokens a 
 import torch
 
 from pikv_megatron.cache.owner.ageing import mean_of_pairs, merge_level, old_pages
-from pikv_megatron.cache.owner.page_statistics import PageStatistics
+from pikv_megatron.cache.owner.held_shares import HeldShares
+from pikv_megatron.cache.owner.page_masses import PageMasses
 from pikv_megatron.cache.owner.pinned import Pinned
 from pikv_megatron.cache.owner.store_lists import StoreLists
 from pikv_megatron.cache.pages.ledger import PageLedger
@@ -33,21 +34,27 @@ class PageKeeper:
         pool: pages.
         table: which of them a sequence has.
         ledger: how many tokens a shard has had.
-        statistics: masses of pages; None: nobody asks.
+        masses: of pages; None: nobody asks.
+        held: what is not yet counted in them; likewise.
         lists: what is read, which changes with the pages.
+
+    Attributes:
+        has_joint_pool: the layers that decide together have one pool, in which they take no more
+            than their limits come to.
     """
 
     def __init__(
         self, retention: RetentionPolicy | None, budget: PageBudget, pinned: Pinned,
         ageing: Ageing | None, codec: PageCodec, placement: Placement, pool: PagePool,
-        table: PageTable, ledger: PageLedger, statistics: PageStatistics | None,
+        table: PageTable, ledger: PageLedger, masses: PageMasses | None, held: HeldShares | None,
         lists: StoreLists,
     ):
         self.retention, self.budget = retention, budget
         self._pinned, self._codec = pinned, codec
         self._placement, self._shards = placement, placement.shards_per_rank
-        self._pool, self._table, self._ledger = pool, table, ledger
-        self._statistics, self._lists = statistics, lists
+        self.pool, self._table, self._ledger = pool, table, ledger
+        self._masses, self._held, self._lists = masses, held, lists
+        self.has_joint_pool = False
         self._ageing = ageing
         self._merge = mean_of_pairs if ageing is codec.ageing else retention.merge
         self._page_size = pool.position.shape[1]
@@ -55,14 +62,11 @@ class PageKeeper:
     def num_columns(self, most_pages: int) -> int:
         """At least the pages that a sequence has here between two flushes, where it has filled at
         most so many."""
-        if self._ageing is not None:
-            most_pages = self._ageing.most(most_pages, self._shards)
-        if not self.prunes:
-            return most_pages
-        if self.retention.keeps_none:
-            return min(most_pages, self._pinned.most_pages)
-        most_kept = self.budget.most(most_pages, self._shards) * self.budget.across_layers
-        return min(most_pages, int(most_kept) + self._pinned.most_pages)
+        return self._most(most_pages, self.budget.across_layers)
+
+    def num_kept(self, most_pages: int) -> int:
+        """The same, the mean over layers that share a pool."""
+        return self._most(most_pages, 1 if self.has_joint_pool else self.budget.across_layers)
 
     def num_old(self, num_columns: int) -> int:
         """Those of a sequence's pages that are stored as older ones are, if all shards have as
@@ -103,13 +107,13 @@ class PageKeeper:
             self._lists.clear()
             pages = self._table.page[slots, :most_pages]
             group, drop = merge_level(
-                self._codec, self._pool, slots, pages, self._stats(slots, most_pages),
+                self._codec, self.pool, slots, pages, self._stats(slots, most_pages),
                 self._ageing, level, self._merge,
             )
-            if self._statistics is not None:
-                self._statistics.join(*group)
-            if self._pool.score is not None:
-                self._pool.score[group[0]] = self._pool.score[group].amax(dim=0)
+            if self._masses is not None:
+                self._masses.join(*group)
+            if self.pool.score is not None:
+                self.pool.score[group[0]] = self.pool.score[group].amax(dim=0)
             self.drop(slots, drop)
             drops.append(drop)
         return drops
@@ -121,9 +125,9 @@ class PageKeeper:
             self._lists.clear()
             pages = self._table.page[slots, :most_pages]
             is_old = old_pages(self._stats(slots, most_pages), older.young)
-            moved = pages[is_old & (self._pool.place[pages] >= 0)]
+            moved = pages[is_old & (self.pool.place[pages] >= 0)]
             if moved.numel():
-                self._pool.grow_old(moved)
+                self.pool.grow_old(moved)
 
     def prune(self, slots: torch.Tensor, most_pages: int) -> torch.Tensor:
         """Drop the pages that the budget does not allow.
@@ -151,8 +155,8 @@ class PageKeeper:
             stats = stats._replace(shard=torch.zeros_like(stats.shard))
             limit = limit.sum(dim=1, keepdim=True)
         if self._pinned.num_tokens:
-            pages = self._table.page[slots, :most_pages].where(stats.is_page, self._pool.null_page)
-            oldest = self._pool.position[pages, 0].long()
+            pages = self._table.page[slots, :most_pages].where(stats.is_page, self.pool.null_page)
+            oldest = self.pool.position[pages, 0].long()
             stats, limit = self._pinned.set_aside(stats, oldest, limit)
         return stats, limit
 
@@ -161,26 +165,37 @@ class PageKeeper:
         self._lists.clear()
         pages, is_dropped = (x.flatten() for x in self._table.apply(slots, drop))
         if pages.numel():
-            self._pool.release_some(pages, is_dropped)
-            if self._statistics is not None:
-                self._statistics.forget(pages, is_dropped)
+            self.pool.release_some(pages, is_dropped)
+            if self._held is not None:
+                self._held.forget(pages, is_dropped)
 
     @property
     def _num_levels(self) -> int:
         """Times that pages are merged as they age."""
         return 0 if self._ageing is None else self._ageing.levels
 
+    def _most(self, most_pages: int, times: float) -> int:
+        """With a budget, at most so many times what it allows."""
+        if self._ageing is not None:
+            most_pages = self._ageing.most(most_pages, self._shards)
+        if not self.prunes:
+            return most_pages
+        if self.retention.keeps_none:
+            return min(most_pages, self._pinned.most_pages)
+        most_kept = self.budget.most(most_pages, self._shards) * times
+        return min(most_pages, int(most_kept) + self._pinned.most_pages)
+
     def _stats(self, slots: torch.Tensor, num_columns: int) -> PageStats:
         is_page = self._table.is_page(slots, num_columns)
-        pages = torch.where(is_page, self._table.page[slots, :num_columns], self._pool.null_page)
-        newest = self._pool.position[pages, -1].long()
-        shard = self._placement.local_shard(self._pool.shard[pages].long())
-        score = None if self._pool.score is None else self._pool.score[pages]
+        pages = torch.where(is_page, self._table.page[slots, :num_columns], self.pool.null_page)
+        newest = self.pool.position[pages, -1].long()
+        shard = self._placement.local_shard(self.pool.shard[pages].long())
+        score = None if self.pool.score is None else self.pool.score[pages]
         stats = PageStats(is_page, newest, shard, score=score)
-        if self._statistics is None:
+        if self._masses is None:
             return stats
         counted = (
-            (name, getattr(self._statistics, name))
+            (name, getattr(self._masses, name))
             for name in ("mass", "seen", "observed", "last_used", "uses")
         )
         return stats._replace(**{name: t[pages] for name, t in counted if t is not None})

@@ -5,14 +5,16 @@ m columns of a sequence, k pages read, t tokens of a block. A *group* is one (sl
 with a token buffer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 
+from pikv_megatron.cache.owner.common_pages import CommonPages
+from pikv_megatron.cache.owner.held_shares import HeldShares
 from pikv_megatron.cache.owner.owner_reads import OwnerReads
 from pikv_megatron.cache.owner.page_keeper import PageKeeper
-from pikv_megatron.cache.owner.page_statistics import PageStatistics
+from pikv_megatron.cache.owner.page_masses import PageMasses
 from pikv_megatron.cache.owner.pinned import Pinned
 from pikv_megatron.cache.owner.store_lists import StoreLists
 from pikv_megatron.cache.pages.aged_pool import AgedPagePool
@@ -44,8 +46,10 @@ class ShardStore:
         has_replicas: whether tokens can be stored in more than one shard.
         pinned: what is never dropped.
         num_positions: that tokens can have, where keys are stored before RoPE.
+        others: pages of layers before, which may be had together with them.
 
     Attributes:
+        common: the pages.
         keeper: of pages.
         on_read: told what queries read, as asked and as lists of pages and of token buffers; None:
             nobody asks.
@@ -58,6 +62,7 @@ class ShardStore:
     def __init__(
         self, spec: LayerSpec, placement: Placement, page_size: int, num_slots: int,
         max_pages: int, has_replicas: bool, pinned: Pinned = Pinned(), num_positions: int = 0,
+        others: Iterable[CommonPages] = (),
     ):
         options, kv = spec.options, spec.kv
         self.placement = placement
@@ -76,20 +81,22 @@ class ShardStore:
         if options.retention.tiers is not None:
             kind = partial(TieredPagePool, options.retention.tiers)
         ageing = self._codec.ageing if retention is None else retention.ageing or self._codec.ageing
-        self.pool = kind(
+        pool = kind(
             self._codec, page_size, has_replicas, num_scores, ageing is not None, kv.device
         )
+        masses = None
+        if options.retention.needs_mass:
+            masses = PageMasses(kv.num_groups, kv.device, options.retention.use_threshold)
+        self.common = CommonPages.for_layer(pool, masses, others)
+        self.pool, self.masses = self.common.pool, self.common.masses
         self.ledger = PageLedger(num_slots, self._shards, page_size, kv.device)
         metadata = {"position": torch.int32} | ({"earlier": torch.int64} if has_replicas else {})
         metadata |= {"score": torch.float32} if self._has_token_scores else {}
         self.buffers = TokenBuffers(self.ledger, kv.heads, metadata, kv.dtype, kv.device)
         self.table = PageTable(num_slots, max_pages, kv.device)
-        self.statistics = None
-        if options.retention.needs_mass:
-            self.statistics = PageStatistics(
-                kv.num_groups, spec.num_heads, num_slots, kv.device,
-                options.retention.use_threshold,
-            )
+        self.held = None
+        if self.masses is not None:
+            self.held = HeldShares(self.masses, spec.num_heads, num_slots, kv.device)
         budget = options.budget.in_store(self.growth_bytes(1), num_slots, self._shards)
         if options.retention.tiers is not None:
             self.pool.most_here = partial(budget.of_rank, num_shards=num_slots * self._shards)
@@ -98,8 +105,9 @@ class ShardStore:
         )
         self.keeper = PageKeeper(
             retention, budget, pinned, ageing, self._codec, placement, self.pool, self.table,
-            self.ledger, self.statistics, self._lists,
+            self.ledger, self.masses, self.held, self._lists,
         )
+        self.common.sharers.append(self)
         self.on_read: Callable[[OwnerReads, PageList, PageList], None] | None = None
         self.on_seal: Callable[[torch.Tensor, ...], None] | None = None
         self.losses: dict[int, int] = {}
@@ -107,25 +115,26 @@ class ShardStore:
     def reserve(self, num_pages: int, num_old: int = 0) -> None:
         """See that `num_pages` pages are free before any token is computed, `num_old` of them for
         what grows old."""
-        self._lists.clear()
-        grown = self.pool.reserve(num_pages, num_old)
-        if grown and self.statistics is not None:
-            self.statistics.widen(grown)
+        self.common.reserve(num_pages, num_old)
 
     def compact(self) -> None:
-        """Give back the memory of free pages."""
-        self._lists.clear()
-        kept, number = self.pool.compact()
-        self.table.renumber(number)
-        if self.statistics is not None:
-            self.statistics.compact(kept, number)
+        """Give back the memory of free pages; layers that share them do so at once."""
+        if self.is_first:
+            self.common.compact()
 
     def growth_bytes(self, num_pages: int, num_old: int = 0) -> int:
         """What `reserve` would allocate."""
-        own = self.pool.growth_bytes(num_pages, num_old)
-        if self.statistics is None:
-            return own
-        return own + self.statistics.growth_bytes(self.pool.free.missing(num_pages))
+        return self.common.growth_bytes(num_pages, num_old)
+
+    @property
+    def is_first(self) -> bool:
+        """Of the layers that share pages, which are counted once."""
+        return self.common.sharers[0] is self
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of its keys and values, as many as of each layer that it shares pages with."""
+        return self.pool.stored_bytes // len(self.common.sharers)
 
     @property
     def angles(self) -> KeyAngles | None:
@@ -209,7 +218,7 @@ class ShardStore:
         shares = mass * (state.lse - lse).exp().unsqueeze(3)
         pages = torch.where(sealed.lens > 0, sealed.table, -1)
         age = torch.arange(query.shape[1] - 1, -1, -1, device=query.device)
-        self.statistics.observe(pages, shares, reads.positions.unsqueeze(1) - age)
+        self.masses.observe(pages, shares, reads.positions.unsqueeze(1) - age)
 
     def release(self, slot: int) -> None:
         """Give back every page and buffer of a sequence."""
@@ -223,17 +232,20 @@ class ShardStore:
         self.buffers.tensors[name][:, slot * self._shards : (slot + 1) * self._shards] = 0.0
         for part in range(self._codec.num_bases):
             self._codec.forget(slot * self._codec.num_bases + part)
-        if self.statistics is not None:
-            self.statistics.release(slot)
+        if self.held is not None:
+            self.held.release(slot)
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         """All tensors, by what they are for."""
+        masses = [] if self.masses is None else self.masses.tensors()
+        held = [] if self.held is None else self.held.tensors()
+        own = self.table.tensors() + self.ledger.tensors()
         return {
-            "pages": self.pool.payload(),
+            "pages": self.pool.payload() if self.is_first else [],
             "codecs": self._codec.tensors(),
             "buffers": list(self.buffers.tensors.values()),
-            "tables": self.table.tensors() + self.ledger.tensors() + self.pool.metadata(),
-            "statistics": [] if self.statistics is None else self.statistics.tensors(),
+            "tables": own + (self.pool.metadata() if self.is_first else []),
+            "statistics": held + (masses if self.is_first else []),
         }
 
     def positions(self, slot: int) -> torch.Tensor:
@@ -253,12 +265,7 @@ class ShardStore:
 
     def check_integrity(self) -> None:
         """Every page is free or in exactly one table, and the counts agree."""
-        used = [self.table.pages_of(slot) for slot in range(self.num_slots)]
-        every = torch.cat([*used, self.pool.free.pages()]).sort().values
-        assert torch.equal(every, torch.arange(self.pool.null_page, device=every.device)), (
-            "pages lost or held twice"
-        )
-        self.pool.check_integrity()
+        self.common.check_integrity()
         full = self.ledger.num_tokens[:-1] // self.page_size
         filled = full.view(self.num_slots, -1).sum(1)
         assert torch.equal(filled, self.ledger.num_pages), "page counts disagree with token counts"
@@ -266,17 +273,31 @@ class ShardStore:
         assert bool((kept <= filled).all()), "more pages listed than were filled"
         assert self.keeper.drops or torch.equal(kept, filled), "pages are missing"
 
+    def forget_lists(self) -> None:
+        """Pages may lie elsewhere than before."""
+        self._lists.clear()
+
+    def renumber(self, number: torch.Tensor) -> None:
+        """Every page has a new number, [old pages + 1]."""
+        self.table.renumber(number)
+        if self.held is not None:
+            self.held.renumber(number)
+
+    def used_pages(self) -> torch.Tensor:
+        """Numbers of the pages of all sequences."""
+        return torch.cat([self.table.pages_of(slot) for slot in range(self.num_slots)])
+
     def holds(self, slot: int) -> bool:
         """Whether any token of a sequence is stored."""
         first = slot * self._shards
         return bool(self.ledger.num_tokens[first : first + self._shards].any())
 
     def _attend_decoding(self, query, reads, near, last_lse, by_shard):
-        if self.statistics is None and not by_shard:
+        if self.held is None and not by_shard:
             return self.attend(query, reads, near), None
         sealed, opened = self._read(reads)
         state, mass, (of_open, *_) = self._attend(query, reads, sealed, [opened, *near], True)
-        if self.statistics is not None:
+        if self.held is not None:
             pages = torch.where(sealed.lens > 0, sealed.table, -1)
             self._count(reads, pages, mass[:, 0], state.lse[:, 0], last_lse)
         if not by_shard:
@@ -344,8 +365,8 @@ class ShardStore:
             self.pool.earlier_shards[pages] = full["earlier"]
         if self.pool.level is not None:
             self.pool.level[pages] = 0
-        if self.statistics is not None:
-            self.statistics.start(pages)
+        if self.masses is not None:
+            self.masses.start(pages)
         slots, keys = self._parts(pages, admission.page_row), full["keys"]
         values = self._kv.values_of(keys, full.get("values"))
         if self._has_token_scores:
@@ -373,11 +394,11 @@ class ShardStore:
     ) -> None:
         """Count the last step's shares and hold those of this one; see `attend_decoding`."""
         if last_lse is None:
-            self.statistics.credit_whole()
-            self.statistics.hold_whole(pages, shares, reads.positions)
+            self.held.credit_whole()
+            self.held.hold_whole(pages, shares, reads.positions)
         else:
-            self.statistics.credit(reads.slots, last_lse)
-            self.statistics.hold(reads.slots, pages, shares, lse, reads.positions)
+            self.held.credit(reads.slots, last_lse)
+            self.held.hold(reads.slots, pages, shares, lse, reads.positions)
 
     def _read(self, reads: OwnerReads) -> tuple[PageList, PageList]:
         """Pages and token buffers that are read."""

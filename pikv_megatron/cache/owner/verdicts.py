@@ -52,3 +52,11 @@ class Verdicts:
         words = self._dispatcher.give_back(route, pack_bits(drop), FLUSH_OP)
         dropped = unpack_bits(words, drop.shape[1]).transpose(0, 1)
         self._directory.apply(flush.numbers.window_slots, dropped)
+
+
+def decide_together(every: list[Verdicts]) -> None:
+    """Let layers, in order, decide together which pages stay."""
+    keepers = [verdicts._keeper for verdicts in every]
+    for verdicts, keeper in zip(every, keepers):
+        verdicts.peers = every
+        keeper.has_joint_pool = len({each.pool for each in keepers}) == 1

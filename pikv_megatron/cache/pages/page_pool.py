@@ -57,6 +57,10 @@ class PagePool:
         """Pages that can be sealed, or read, at once; None: any number."""
         return None
 
+    def is_like(self, other: "PagePool") -> bool:
+        """Whether pages of either could lie in the other."""
+        return type(self) is type(other) is PagePool and self._page_layout() == other._page_layout()
+
     def allocate(self, is_page: torch.Tensor) -> torch.Tensor:
         """A page for every True of [c]; the others get the null page. As many are surely free."""
         return self.free.allocate(is_page)
@@ -160,6 +164,18 @@ class PagePool:
     def _narrow_places(self, kept: torch.Tensor) -> None:
         """Keep the places of the pages `kept` [k]."""
         self.kv = narrow_fields(self.kv, kept)
+
+    def _page_layout(self) -> list[tuple]:
+        """Of a page, field by field."""
+        books = [None if book is None else book[0] for book in self._described()]
+        fields = [
+            field.select(min(1, field.dim() - 1), 0) if isinstance(field, torch.Tensor) else field
+            for field in self.kv
+        ]
+        return [
+            (part.shape, part.dtype) if isinstance(part, torch.Tensor) else part
+            for part in books + fields
+        ]
 
     def _described(self) -> list[torch.Tensor | None]:
         return [getattr(self, name) for name in BOOKS]

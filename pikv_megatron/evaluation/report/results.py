@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from pikv_megatron.config import PiKVConfig
 from pikv_megatron.evaluation.figures import Figures, Record
 from pikv_megatron.evaluation.options import EvaluateOptions
 
+# What a record holds: one of other figures is measured anew.
+MEASURED = [field.name for field in fields(Figures)]
 EDGE_BYTES = 2**16  # of a weight file, that tell one model from another
 
 
@@ -60,7 +62,7 @@ class Results:
         os.replace(unfinished, self._path)
 
     def _key(self, task: str, pikv: PiKVConfig) -> str:
-        return _digest([self._settings, task, pikv.model_dump(mode="json")])
+        return _digest([MEASURED, self._settings, task, pikv.model_dump(mode="json")])
 
 
 def settings_of(options: EvaluateOptions, num_ranks: int) -> dict[str, Any]:

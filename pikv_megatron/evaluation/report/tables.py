@@ -1,6 +1,6 @@
 """The tables of an evaluation, as text cells: for the terminal, Markdown and HTML."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
@@ -8,10 +8,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pikv_megatron.evaluation.figures import Figures, Record, change
+from pikv_megatron.evaluation.tasks.recall import Recall
 from pikv_megatron.evaluation.tasks.registry import TASKS
 from pikv_megatron.evaluation.tasks.text import Text
 
 MANY_LAYERS = 6  # with more, a table has their mean only
+NOT_MEASURED = "-"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Grid:
         return 100 * mean(self.figures(cache, task).accuracy for task in self.scored)
 
 
+Cell = Callable[[Grid, str], str]  # of a cache
+
+
 def accuracy_table(grid: Grid) -> TextTable:
     """Accuracy by task, and beside it whole answers where they differ from tokens."""
     rows = []
@@ -87,14 +92,17 @@ def accuracy_table(grid: Grid) -> TextTable:
 
 
 def cost_table(grid: Grid) -> TextTable:
-    """What a cache holds and reads, and how far it is from the lossless one: means over tasks."""
-    columns = [
-        "cache", "average", "perplexity", "change %", "KL", "greedy", "mass %", "pages read %",
-        "bound %", "kept %", "held / dense", "read / dense", "B a token", "error K, V %",
-        "ms a step",
-    ]
-    rows = [[cache, f"{grid.average(cache):.1f}", *_cost(grid, cache)] for cache in grid.caches]
-    return TextTable("Cost and closeness to the lossless cache", columns, rows)
+    """How far each cache is from the lossless one, and what it reads, holds, sends and takes: means
+    over tasks. A column that is the same for all caches says nothing, and is left out."""
+    columns = {
+        title: cells for title, cell in COSTS.items()
+        if len(set(cells := [cell(grid, cache) for cache in grid.caches])) > 1
+    }
+    rows = [list(row) for row in zip(grid.caches, *columns.values())]
+    return TextTable(
+        "Closeness to the lossless cache and cost; ms are of a rank's processor, on a GPU by the "
+        "wall", ["cache", *columns], rows,
+    )
 
 
 def _accuracy(figures: Figures) -> str:
@@ -104,40 +112,81 @@ def _accuracy(figures: Figures) -> str:
     return f"{text} ({100 * figures.exact:.0f})"
 
 
-def _cost(grid: Grid, cache: str) -> list[str]:
-    every, reference = grid.every(cache), grid.every(grid.caches[0])
-    text, greedy = Text.name, "greedy"
-    perplexity, relative = "-", "-"
-    if text in grid.tasks:
-        figures = grid.figures(cache, text)
-        perplexity = f"{figures.perplexity:.4f}"
-        relative = f"{100 * change(figures, grid.figures(grid.caches[0], text)):+.2f}"
-    agreed = "-"
-    if greedy in grid.tasks:
-        figures = grid.figures(cache, greedy)
-        agreed = f"{figures.agreed_tokens:.1f}"
-    held = mean(figures.held_share for figures in every)
-    return [
-        perplexity, relative, f"{mean(x.divergence for x in every):.4f}", agreed,
-        f"{100 * mean(x.mean_mass for x in every if x.mass_read):.1f}"
-        if any(x.mass_read for x in every) else "-",
-        _by_layer([x.pages_read for x in every]), _bounds(every),
-        _by_layer([x.pages_kept for x in every]),
-        f"{held:.3f} (1/{1 / held:.1f})", f"{mean(x.read_share for x in every):.3f}",
-        f"{every[0].token_bytes:.0f} (1/{reference[0].token_bytes / every[0].token_bytes:.1f})",
-        ", ".join(f"{100 * mean(x.mean_error(side) for x in every):.1f}" for side in (0, 1)),
-        f"{mean(x.step_ms for x in every):.1f}",
-    ]
+def _recall(grid: Grid, cache: str) -> str:
+    return _of_task(grid, cache, Recall.name, lambda x: f"{100 * x.accuracy:.1f}")
 
 
-def _bounds(every: Sequence[Figures]) -> str:
-    """The largest of all tasks."""
-    layers = [max(values) for values in zip(*(x.bounds for x in every if x.bounds))]
-    return _by_layer([layers]) if layers else "-"
+def _perplexity(grid: Grid, cache: str) -> str:
+    def cell(figures: Figures) -> str:
+        more = change(figures, grid.figures(grid.caches[0], Text.name))
+        return f"{figures.perplexity:.3f} ({100 * more:+.2f}%)"
+
+    return _of_task(grid, cache, Text.name, cell)
 
 
-def _by_layer(shares: Sequence[Sequence[float]]) -> str:
-    layers = [mean(values) for values in zip(*shares)]
-    if len(layers) > MANY_LAYERS or len({f"{x:.3f}" for x in layers}) == 1:
-        return f"{100 * mean(layers):.1f}"
-    return " / ".join(f"{100 * x:.0f}" for x in layers)
+def _greedy(grid: Grid, cache: str) -> str:
+    return _of_task(grid, cache, "greedy", lambda x: f"{x.agreed_tokens:.1f}")
+
+
+def _of_task(grid: Grid, cache: str, task: str, cell: Callable[[Figures], str]) -> str:
+    return cell(grid.figures(cache, task)) if task in grid.tasks else NOT_MEASURED
+
+
+def _mean_of(figure: Callable[[Figures], float | None], form: str) -> Cell:
+    """Over the tasks in which it was measured."""
+
+    def cell(grid: Grid, cache: str) -> str:
+        found = [value for x in grid.every(cache) if (value := figure(x)) is not None]
+        return format(mean(found), form) if found else NOT_MEASURED
+
+    return cell
+
+
+def _layers_of(figure: Callable[[Figures], list[float]], over: Callable = mean) -> Cell:
+    """A share, by layer where layers differ, mean over tasks or the largest."""
+
+    def cell(grid: Grid, cache: str) -> str:
+        measured = [values for x in grid.every(cache) if (values := figure(x))]
+        layers = [over(values) for values in zip(*measured)]
+        if not layers:
+            return NOT_MEASURED
+        percents = [f"{100 * x:.0f}" for x in layers]
+        if len(layers) > MANY_LAYERS or len(set(percents)) == 1:
+            return f"{100 * mean(layers):.1f}"
+        return " / ".join(percents)
+
+    return cell
+
+
+def _held(grid: Grid, cache: str) -> str:
+    held = mean(figures.held_share for figures in grid.every(cache))
+    return f"{held:.3f} (1/{1 / held:.1f})"
+
+
+def _token_bytes(grid: Grid, cache: str) -> str:
+    own, whole = (grid.every(name)[0].token_bytes for name in (cache, grid.caches[0]))
+    return f"{own:.0f} (1/{whole / own:.1f})"
+
+
+def _errors(grid: Grid, cache: str) -> str:
+    every = grid.every(cache)
+    return ", ".join(f"{100 * mean(x.mean_error(side) for x in every):.1f}" for side in (0, 1))
+
+
+# By title; each says a cell of a cache.
+COSTS: dict[str, Cell] = {
+    "recall %": _recall,
+    "mass %": _mean_of(lambda x: 100 * x.mean_mass if x.mass_read else None, ".1f"),
+    "perplexity": _perplexity,
+    "KL": _mean_of(lambda x: x.divergence, ".4f"),
+    "greedy": _greedy,
+    "pages read %": _layers_of(lambda x: x.pages_read),
+    "bound %": _layers_of(lambda x: x.bounds, max),
+    "kept %": _layers_of(lambda x: x.pages_kept),
+    "read / dense": _mean_of(lambda x: x.read_share, ".3f"),
+    "held / dense": _held,
+    "B a token": _token_bytes,
+    "error K, V %": _errors,
+    "KiB sent a step": _mean_of(lambda x: x.sent_bytes / 1024, ".1f"),
+    "ms a step": _mean_of(lambda x: x.step_ms or None, ".2f"),
+}
