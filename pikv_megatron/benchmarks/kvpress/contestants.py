@@ -13,8 +13,6 @@ from pikv_megatron.config import PiKVConfig
 from pikv_megatron.planner.planned_cache import PlannedCache
 from pikv_megatron.planner.target import Target
 
-# Presses drop a share of the tokens, and hold the others as computed.
-PRESSES = ("SnapKVPress", "ExpectedAttentionPress", "KVzipPress", "StreamingLLMPress")
 SIZES: dict[str, Any] = {
     "page_size": 16, "window": 32, "num_sinks": 4, "flush_interval": 8, "shard_after": 0,
 }
@@ -52,9 +50,9 @@ def entries(options: CompareOptions) -> Iterator[Entry]:
     """At each budget those of kvpress, then ours: each policy with each number of bits, as much as
     fits. Then the user's own caches."""
     for budget in options.budgets:
-        for name in PRESSES:
-            press = getattr(kvpress, name)(compression_ratio=1 - budget)
-            yield Entry(f"kvpress {name.removesuffix('Press')}", budget, press, budget)
+        for name in options.presses:
+            press = getattr(kvpress, f"{name}Press")(compression_ratio=1 - budget)
+            yield Entry(f"kvpress {name}", budget, press, budget)
         for policy, shares in _policies(options).items():
             for bits, codec in CODECS.items():
                 found = _largest(options, shares, codec, budget)

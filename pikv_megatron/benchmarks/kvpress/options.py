@@ -18,6 +18,8 @@ from pikv_megatron.evaluation.tasks.base import Source
 from pikv_megatron.evaluation.tasks.registry import TASKS
 from pikv_megatron.inference.arguments import ArgumentParser, positive, writable
 
+# Presses drop a share of the tokens, and hold the others as computed.
+PRESSES = ("SnapKV", "ExpectedAttention", "KVzip", "StreamingLLM")
 POLICIES = ("snapkv", "h2o", "streaming")
 
 
@@ -31,6 +33,7 @@ class CompareOptions:
         tasks: built, by name.
         length: tokens of a sequence.
         budgets: shares of the bytes of a cache as computed.
+        presses: of kvpress, which are brought to the budgets.
         caches: of the user's, by name, which take part as they are.
         policies: of ours, which are brought to the budgets.
         dtype: type of weights and caches.
@@ -45,6 +48,7 @@ class CompareOptions:
     tasks: dict[str, list[Task]]
     length: int
     budgets: tuple[float, ...]
+    presses: tuple[str, ...]
     caches: dict[str, PiKVConfig]
     policies: tuple[str, ...]
     dtype: torch.dtype
@@ -82,9 +86,10 @@ def parse_options(argv: Sequence[str]) -> CompareOptions:
     for budget in args.budgets:
         if not 0 < budget < 1:
             raise ValueError(f"--budgets {budget} must lie between 0 and 1")
-    for policy in args.policies:
-        if policy not in POLICIES:
-            raise ValueError(f"--policies {policy}: they are {', '.join(POLICIES)}")
+    for option, known in (("presses", PRESSES), ("policies", POLICIES)):
+        for name in getattr(args, option):
+            if name not in known:
+                raise ValueError(f"--{option} {name}: they are {', '.join(known)}")
     return CompareOptions(
         model=args.model,
         architecture=read_architecture(args.model),
@@ -96,6 +101,7 @@ def parse_options(argv: Sequence[str]) -> CompareOptions:
         },
         length=args.length,
         budgets=tuple(args.budgets),
+        presses=tuple(args.presses),
         caches={Path(text).stem: read_cache(text) for text in args.pikv},
         policies=tuple(args.policies),
         dtype=DTYPES[args.dtype],
@@ -115,6 +121,8 @@ def _parser() -> ArgumentParser:
     add("--seed", type=int, default=0, help="of the tasks; default: 0")
     add("--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.125], metavar="SHARE",
         help="of the bytes of a cache as computed; default: 0.5 0.25 0.125")
+    add("--presses", nargs="*", default=PRESSES, metavar="NAME",
+        help=f"of kvpress; default: {' '.join(PRESSES)}")
     add("--pikv", nargs="+", default=[], metavar="FILE",
         help="YAML files of caches, or names of presets, that take part as they are, at the bytes "
         "that they hold")
