@@ -38,6 +38,7 @@ LOADERS = {
     "selection": PiKVConfig.from_file,
     "retention": PiKVConfig.from_file,
     "codecs": PiKVConfig.from_file,
+    "choices": PiKVConfig.from_file,
     "calibrated": PiKVConfig.from_file,
     "variants": PiKVConfig.from_file,
     "tuned": load_tuned,
