@@ -3,7 +3,6 @@
 Writes the configuration of a cache whose pages take at most N bytes a token, layers together.
 """
 
-import os
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -12,7 +11,6 @@ from contextlib import redirect_stdout
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 
 import torch
-import yaml
 
 from pikv_megatron import (
     PiKVInferenceContext,
@@ -28,6 +26,7 @@ from pikv_megatron.checkpoint.huggingface import load_huggingface
 from pikv_megatron.evaluation.task import Task
 from pikv_megatron.evaluation.teacher_forcing import TeacherForcing
 from pikv_megatron.inference.program import refuse, use_device
+from pikv_megatron.layer_options import LayerOverride
 
 
 def main() -> int:
@@ -45,14 +44,12 @@ def main() -> int:
         said = _said(keys, "key_rank"), _said(values, "value_rank")
         print(f"layer {number}: keys {said[0]}, values {said[1]}")
     print(f"{total} bytes a token, of {options.budget}")
-    fields = options.pikv.model_dump(mode="json", exclude_unset=True)
-    fields["layers"] = [
-        {"match": str(number), "codec": codec_fields(keys.fields, values.fields)}
+    chosen_codecs = [
+        LayerOverride(match=str(number), codec=codec_fields(keys.fields, values.fields))
         for number, keys, values in layers
     ]
-    if options.pikv.calibration is not None:
-        fields["calibration"] = os.path.relpath(options.pikv.calibration, options.output.parent)
-    options.output.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    pikv = options.pikv.model_copy(update={"layers": tuple(chosen_codecs)})
+    pikv.to_file(options.output)
     return 0
 
 

@@ -128,6 +128,18 @@ class PiKVConfig(LayerOptions):
         except ValidationError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def to_file(self, path: Path) -> None:
+        """Write a YAML file of what differs from the defaults, which `from_file` reads."""
+        chosen = {
+            name for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.default
+        }
+        values = self.model_dump(mode="json", exclude_unset=True, include=chosen)
+        for name in ("calibration", "learned"):
+            if getattr(self, name) is not None:
+                values[name] = os.path.relpath(getattr(self, name), path.parent)
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
     def open_files(self) -> tuple[Calibrated | None, Calibrated | None]:
         """What was calibrated, and what earlier runs learned, where there is such a file.
 

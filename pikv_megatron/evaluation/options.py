@@ -1,6 +1,7 @@
 """The command line of `launch/evaluate.py`, checked before anything is loaded."""
 
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,12 @@ def parse_options(argv: Sequence[str]) -> EvaluateOptions:
     Raises:
         ValueError: with one line that says what is wrong.
     """
-    args = _parser().parse_args(argv)
+    parser = argument_parser("Measure what caches cost in quality beside the lossless one")
+    return read_options(parser.parse_args(argv))
+
+
+def read_options(args: Namespace) -> EvaluateOptions:
+    """What `argument_parser` was told, and the small files that it names; see `parse_options`."""
     if not args.model.is_dir():
         raise ValueError(f"--model {args.model}: there is no such directory")
     architecture = read_architecture(args.model)
@@ -92,8 +98,9 @@ def parse_options(argv: Sequence[str]) -> EvaluateOptions:
     )
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("Measure what caches cost in quality beside the lossless one")
+def argument_parser(purpose: str) -> ArgumentParser:
+    """Of a program that measures caches on tasks."""
+    parser = ArgumentParser(purpose)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Hugging Face directory")
     add("--pikv", nargs="+", required=True, metavar="FILE",
