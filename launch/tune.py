@@ -1,8 +1,8 @@
 """Tune by layer: python launch/tune.py --model DIR --pikv FILE [FILE ...] --share 0.1 --output FILE
 
 Gives each cache to one layer after the other, the others being lossless, and says what it costs.
-With `--share` every layer takes the cache that lets all of them lose least within so many bytes, and
-what they lose together is measured. Takes the options of launch/evaluate.py.
+With `--share` every layer takes the cache that lets all lose least within so many bytes, and what
+they lose together is measured. Takes the options of launch/evaluate.py.
 """
 
 import sys
