@@ -10,16 +10,12 @@ from contextlib import redirect_stdout
 # What is not installed, and what will be renamed, would hide the table.
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 
-from rich.console import Console
-
 from pikv_megatron import destroy_process_groups
 from pikv_megatron.evaluation.measure import measure, provenance
 from pikv_megatron.evaluation.options import EvaluateOptions, parse_options
 from pikv_megatron.evaluation.report.page import cost_pictures, html_report
-from pikv_megatron.evaluation.report.tables import Grid, accuracy_table, cost_table
+from pikv_megatron.evaluation.report.tables import Grid, accuracy_table, cost_table, print_tables
 from pikv_megatron.inference.program import IS_FIRST_RANK, refuse, use_device
-
-TABLE_WIDTH = 180  # where there is no terminal, rich would squeeze it into 80
 
 
 def main() -> int:
@@ -38,10 +34,8 @@ def main() -> int:
 
 def show(options: EvaluateOptions, grid: Grid) -> None:
     """Print the tables, and write the report beside the results."""
-    console, tables = Console(), (accuracy_table(grid), cost_table(grid))
-    console = Console(width=max(TABLE_WIDTH, console.width))
-    for table in tables:
-        console.print(table.rich())
+    tables = accuracy_table(grid), cost_table(grid)
+    print_tables(tables)
     if options.out is None:
         return
     title = f"{options.model.name}, {options.length} tokens, seed {options.seed}"

@@ -1,8 +1,8 @@
-"""Choose by layer: python launch/tune.py --model DIR --pikv FILE [FILE ...] --share 0.1 --output FILE
+"""Tune by layer: python launch/tune.py --model DIR --pikv FILE [FILE ...] --share 0.1 --output FILE
 
-Gives each cache to one layer after the other, the others being lossless, and says what that costs.
-With `--share` every layer takes the cache that lets all of them lose least within so many bytes, and
-what they lose together is measured. Takes the options of launch/evaluate.py.
+Gives each cache to one layer after the other, the others being lossless, and says what it costs.
+With `--share` every layer takes the cache that lets all lose least within so many bytes, and what
+they lose together is measured. Takes the options of launch/evaluate.py.
 """
 
 import sys
@@ -12,8 +12,6 @@ from dataclasses import replace
 
 # What is not installed, and what will be renamed, would hide the tables.
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
-
-from rich.console import Console
 
 from pikv_megatron import destroy_process_groups
 from pikv_megatron.calibration.tune_options import TuneOptions, parse_tuning
@@ -28,10 +26,14 @@ from pikv_megatron.calibration.tuning import (
 )
 from pikv_megatron.evaluation.evaluator import LOSSLESS
 from pikv_megatron.evaluation.measure import measure
-from pikv_megatron.evaluation.report.tables import Grid, TextTable, accuracy_table, cost_table
+from pikv_megatron.evaluation.report.tables import (
+    Grid,
+    TextTable,
+    accuracy_table,
+    cost_table,
+    print_tables,
+)
 from pikv_megatron.inference.program import IS_FIRST_RANK, refuse, use_device
-
-TABLE_WIDTH = 180  # where there is no terminal, rich would squeeze it into 80
 
 
 def main() -> int:
@@ -44,10 +46,7 @@ def main() -> int:
     except ValueError as error:
         return refuse(error)
     if IS_FIRST_RANK:
-        console = Console()
-        console = Console(width=max(TABLE_WIDTH, console.width))
-        for table in tables:
-            console.print(table.rich())
+        print_tables(tables)
     return 0
 
 

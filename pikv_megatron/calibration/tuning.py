@@ -1,7 +1,7 @@
 """Which of several caches each layer takes, by what each costs where one layer alone has it.
 
-Layers differ more than tokens do: some find what is far, and most look at neighbours. What they cost
-is taken to add up over layers, so the whole is measured again (`launch/tune.py`).
+Layers differ more than tokens do: some find what is far, and most look at neighbours. What they
+cost is taken to add up over layers, so the whole is measured again (`launch/tune.py`).
 """
 
 from collections.abc import Mapping, Sequence

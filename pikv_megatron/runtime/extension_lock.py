@@ -1,7 +1,7 @@
 """The lock under which DeepSpeed's collectives for CPUs are compiled and loaded.
 
-It is a file that torch's `FileBaton` waits for without an end: where its process was killed, it stays,
-and every later rank would hang.
+It is a file that torch's `FileBaton` waits for without an end: where its process was killed, it
+stays, and every later rank would hang.
 """
 
 import time

@@ -1,10 +1,11 @@
 """The tables of an evaluation, as text cells: for the terminal, Markdown and HTML."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import mean
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from pikv_megatron.evaluation.figures import Figures, Record, change
@@ -14,6 +15,7 @@ from pikv_megatron.evaluation.tasks.text import Text
 
 MANY_LAYERS = 6  # with more, a table has their mean only
 NOT_MEASURED = "-"
+LEAST_WIDTH = 180  # of a terminal; where there is none, rich would squeeze tables into 80
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ class TextTable:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
         return f"### {self.title}\n\n{table}\n"
+
+
+def print_tables(tables: Iterable[TextTable]) -> None:
+    """To the terminal."""
+    console = Console(width=max(LEAST_WIDTH, Console().width))
+    for table in tables:
+        console.print(table.rich())
 
 
 @dataclass(frozen=True)
