@@ -77,7 +77,7 @@ class PlannedCache:
         for layer in self.layers:
             for part, num_bytes in layer.bytes_by_part.items():
                 total[part] += layer.count * num_bytes
-            total["statistics"] += layer.count * self._held_bytes(layer.cache)
+        total["statistics"] += self.waiting_bytes()
         return {part: num_bytes for part, num_bytes in total.items() if num_bytes}
 
     def lower_bytes(self) -> tuple[int, int]:
@@ -98,6 +98,10 @@ class PlannedCache:
         """Columns that a selector names of a sequence's pages on all ranks; without one, all."""
         columns = self.num_columns(cache) * self._target.num_ranks
         return columns if cache.selector is None else cache.selector.num_columns(columns)
+
+    def waiting_bytes(self) -> int:
+        """Of `bytes_by_part`, what a decode step leaves for the next one."""
+        return sum(layer.count * self._held_bytes(layer.cache) for layer in self.layers)
 
     def _held_bytes(self, cache: LayerCache | SlidingCache) -> int:
         """What the last step leaves for the next where one rank has the whole of its attention."""
