@@ -59,7 +59,7 @@ def run(options: TuneOptions) -> list[TextTable]:
     by_layer = costs(grid, names, num_layers)
     if options.share is None:
         return [costs_table(by_layer, None)]
-    tuning = choose(by_layer, held(grid), options.share)
+    tuning = choose(by_layer, held(grid, LOSSLESS), options.share)
     pikv = tuned(caches, tuning)
     if options.output is not None and IS_FIRST_RANK:
         pikv.to_file(options.output)

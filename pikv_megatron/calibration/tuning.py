@@ -69,14 +69,14 @@ def one_by_one(caches: Mapping[str, PiKVConfig], num_layers: int) -> dict[str, P
 
 def costs(grid: Grid, caches: Sequence[str], num_layers: int) -> list[list[Cost]]:
     """Of every layer, that of the lossless cache first."""
-    whole = _held(grid, LOSSLESS)
+    whole = held(grid, LOSSLESS)
     by_layer = []
     for layer in range(num_layers):
         found = [Cost(LOSSLESS, 0.0, 0.0)]
         for cache in caches:
             name = _title(cache, layer)
             divergence = mean(figures.divergence for figures in grid.every(name))
-            found.append(Cost(cache, divergence, whole - _held(grid, name)))
+            found.append(Cost(cache, divergence, whole - held(grid, name)))
         by_layer.append(found)
     return by_layer
 
@@ -147,18 +147,14 @@ def costs_table(by_layer: Sequence[Sequence[Cost]], tuning: Tuning | None) -> Te
     return TextTable(title, columns, rows)
 
 
-def held(grid: Grid) -> float:
-    """Bytes of the lossless cache over a dense one's."""
-    return _held(grid, LOSSLESS)
+def held(grid: Grid, name: str) -> float:
+    """Bytes of a cache over a dense one's, mean over tasks."""
+    return mean(figures.held_share for figures in grid.every(name))
 
 
 def _parts(share: float) -> float:
     """Of a dense cache, without what floating point adds to a whole number."""
     return round(PARTS * share, 6)
-
-
-def _held(grid: Grid, name: str) -> float:
-    return mean(figures.held_share for figures in grid.every(name))
 
 
 def _title(cache: str, layer: int) -> str:

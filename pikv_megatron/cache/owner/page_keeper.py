@@ -194,8 +194,6 @@ class PageKeeper:
         stats = PageStats(is_page, newest, shard, score=score)
         if self._masses is None:
             return stats
-        counted = (
-            (name, getattr(self._masses, name))
-            for name in ("mass", "seen", "observed", "last_used", "uses")
-        )
-        return stats._replace(**{name: t[pages] for name, t in counted if t is not None})
+        return stats._replace(**{
+            name: book[pages] for name, book in self._masses.books().items()
+        })

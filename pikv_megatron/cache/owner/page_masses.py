@@ -4,9 +4,13 @@ Legend: n sequences, sq queries of each, np query heads, ng KV heads, k pages re
 pool.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from pikv_megatron.cache.pages.widen import growth_bytes, narrow, widen
+
+BOOKS = ("mass", "seen", "observed", "last_used", "uses")
 
 
 class PageMasses:
@@ -39,19 +43,11 @@ class PageMasses:
 
     def widen(self, count: int) -> None:
         """Make room for `count` more pages."""
-        self.mass, self.seen, self.observed = (
-            widen(t, count, 0) for t in (self.mass, self.seen, self.observed)
-        )
-        if self.uses is not None:
-            self.last_used, self.uses = (widen(t, count, 0) for t in (self.last_used, self.uses))
+        self._resize(lambda book: widen(book, count, 0))
 
     def compact(self, kept: torch.Tensor) -> None:
         """Pages `kept` [k] stay; see `FreeList.compact`."""
-        self.mass, self.seen, self.observed = (
-            narrow(t, kept, 0) for t in (self.mass, self.seen, self.observed)
-        )
-        if self.uses is not None:
-            self.last_used, self.uses = (narrow(t, kept, 0) for t in (self.last_used, self.uses))
+        self._resize(lambda book: narrow(book, kept, 0))
 
     def growth_bytes(self, count: int) -> int:
         """What `widen` would allocate."""
@@ -100,9 +96,18 @@ class PageMasses:
         self.add(pages, shares, times)
         self.observed[self._or_null(pages)] = shares.mean(dim=(1, 2)).flatten()
 
+    def books(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        every = {name: getattr(self, name) for name in BOOKS}
+        return {name: book for name, book in every.items() if book is not None}
+
     def tensors(self) -> list[torch.Tensor]:
-        every = [self.mass, self.seen, self.observed, self.last_used, self.uses]
-        return [t for t in every if t is not None]
+        return list(self.books().values())
+
+    def _resize(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put changed books in the place of those that there are."""
+        for name, book in self.books().items():
+            setattr(self, name, change(book))
 
     def _or_null(self, pages: torch.Tensor) -> torch.Tensor:
         """[n * k], the null page where there is none."""
