@@ -13,6 +13,9 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Before torch is imported. Workers stand side by side, and one of them may run four ranks: threads
+# that wait for a core that another process holds made one fixture 23 s or over 300 s long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
