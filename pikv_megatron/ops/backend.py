@@ -11,7 +11,9 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 # What a CPU has C++ kernels for; the rest is a call or two of torch.
-CPU_KERNELS = ("attend_means", "decode_attention", "merge_states", "score_pages")
+CPU_KERNELS = ("attend_means", "chosen_experts", "decode_attention", "merge_states", "score_pages")
+# Those without one in Triton.
+CPU_ONLY = ("chosen_experts",)
 
 
 def kernel_op(name: str, tensor: torch.Tensor) -> Callable | None:
@@ -21,7 +23,7 @@ def kernel_op(name: str, tensor: torch.Tensor) -> Callable | None:
         `pikv_kernels.NAME.NAME`, in Triton, on CUDA, and on a CPU under TRITON_INTERPRET=1;
         `pikv_kernels.cpu.NAME.NAME`, in C++, on a CPU with a compiler; None: use torch.
     """
-    if HAS_TRITON and (tensor.is_cuda or INTERPRETS):
+    if HAS_TRITON and name not in CPU_ONLY and (tensor.is_cuda or INTERPRETS):
         return _imported("pikv_kernels", name)
     if tensor.is_cpu and name in CPU_KERNELS and _has_cpu_kernels():
         return _imported("pikv_kernels.cpu", name)

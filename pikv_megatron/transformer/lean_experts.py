@@ -41,11 +41,16 @@ class LeanExperts:
             tokens: [t, h].
             choice: among all ranks' experts.
         """
-        k = choice.experts.shape[1]
-        local, order = self._local(choice.experts.flatten()).sort(stable=True)
+        stack, local = self._current_stack(), self._local(choice.experts)
+        if stack is not None:
+            sums = stack.sums_of_few(tokens, local, choice.weights)
+            if sums is not None:
+                return sums
+        k = local.shape[1]
+        local, order = local.flatten().sort(stable=True)
         ends = torch.searchsorted(local, self._numbers_from_one(local.device), out_int32=True)
         rows, weights = tokens.index_select(0, order // k), choice.weights.flatten()[order]
-        outputs = self._outputs(rows, ends, local, weights)
+        outputs = self._outputs(stack, rows, ends, local, weights)
         if not self._are_all:
             outputs = outputs.masked_fill((local == self._count).unsqueeze(1), 0.0)
         return torch.empty_like(outputs).index_copy_(0, order, outputs).unflatten(0, (-1, k)).sum(1)
@@ -63,10 +68,10 @@ class LeanExperts:
         counts = counts.to(rows.device)
         numbers = torch.arange(self._count, device=rows.device)
         local = numbers.repeat_interleave(counts, output_size=len(rows))
-        return self._outputs(rows, counts.cumsum(0), local, weights)
+        return self._outputs(self._current_stack(), rows, counts.cumsum(0), local, weights)
 
     def _local(self, experts: torch.Tensor) -> torch.Tensor:
-        """Local numbers of experts [n]; those of other ranks get one behind all that is computed.
+        """Local numbers of experts [t, k]; those of other ranks get one behind all that is computed.
         """
         if self._are_all:
             return experts
@@ -80,10 +85,10 @@ class LeanExperts:
         return self._numbers
 
     def _outputs(
-        self, rows: torch.Tensor, ends: torch.Tensor, local: torch.Tensor, weights: torch.Tensor
+        self, stack: ExpertStack | None, rows: torch.Tensor, ends: torch.Tensor,
+        local: torch.Tensor, weights: torch.Tensor,
     ) -> torch.Tensor:
         """[n, h], of rows sorted by their expert `local` [n]; whatever behind the last end."""
-        stack = self._current_stack()
         if stack is not None:
             return stack.outputs(rows, ends.int(), local, weights)
         ends, outputs = ends.tolist(), torch.empty_like(rows)

@@ -1,13 +1,12 @@
 """launch/benchmark.py on a tiny model: what it prints and writes, and how it refuses."""
 
 import json
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
 from benchmark_files import LOSSY, ROOT, write_cache, write_files
+from launcher import run_alone
 
 from pikv_megatron.benchmarks.model.measurement import FIGURES
 from pikv_megatron.benchmarks.model.options import GROUPED, SDPA, STOCK, TRANSFORMERS
@@ -19,15 +18,8 @@ def files(tmp_path_factory) -> list[str]:
 
 
 def run_program(*arguments: str) -> subprocess.CompletedProcess:
-    """`python launch/benchmark.py ...`, without the launcher, from a folder without the sources."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment["COLUMNS"] = "100"
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        environment.pop(name, None)
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch/benchmark.py"), *arguments],
-        capture_output=True, text=True, timeout=120, env=environment, cwd="/",
-    )
+    """`python launch/benchmark.py ...`"""
+    return run_alone(ROOT / "launch/benchmark.py", *arguments)
 
 
 @pytest.fixture(scope="module")
