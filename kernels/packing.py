@@ -1,4 +1,5 @@
-"""Quantisation and packing in registers: what `pikv_megatron.ops.packing` does, bit for bit.
+"""Quantisation and packing in registers: what `pikv_megatron.ops.packing` does, bit for bit where
+no sums are taken.
 
 Legend: S tokens a page, P = 8 / bits tokens a byte, R = S / P byte rows a page. Numbers of 3 bits
 are packed as 2 bits and 1 bit, and sealed in tiles of P = 8. A tile of a page
@@ -13,6 +14,8 @@ import triton.language as tl
 HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
 HALF_TINY: tl.constexpr = tl.constexpr(2.0**-24)
 FLOAT8_MAX: tl.constexpr = tl.constexpr(448.0)
+# Longer groups of two bits try three ranges.
+SHORT_GROUP: tl.constexpr = tl.constexpr(32.0)
 # Adding and taking away 1.5 * 2^23 leaves a float32 below 2^22 rounded to integers, half to even.
 ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
 
@@ -61,6 +64,91 @@ def affine_codes(x, scale, zero, LEVELS: tl.constexpr):
     codes = tl.div_rn(x - zero, tl.maximum(scale, HALF_TINY))
     codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS * 1.0)
     return ((codes + ROUNDER) - ROUNDER).to(tl.int32)
+
+
+@triton.jit
+def quantised(x, inside, AXIS: tl.constexpr, BITS: tl.constexpr):
+    """Codes of x, int32, and their scale and zero point along AXIS, where x is inside.
+
+    Example:
+        Two bits of 0, 0, 0, 1, 2, 2, 2, 6: codes 0, 0, 0, 0, 1, 1, 1, 3, scale 1.956, zero 0.158.
+    """
+    LEVELS: tl.constexpr = 2**BITS - 1
+    scale, zero = affine_range(x, inside, AXIS, LEVELS)
+    codes = affine_codes(x, tl.expand_dims(scale, AXIS), tl.expand_dims(zero, AXIS), LEVELS)
+    if BITS < 8:
+        line, line_scale, line_zero = _fitted(x, inside, AXIS, LEVELS)
+        error = _squared_error(x, inside, codes, scale, zero, AXIS)
+        is_good = _squared_error(x, inside, line, line_scale, line_zero, AXIS) <= 2 * error
+        codes = tl.where(tl.expand_dims(is_good, AXIS), line, codes)
+        scale = tl.where(is_good, line_scale, scale)
+        zero = tl.where(is_good, line_zero, zero)
+    return codes, scale, zero
+
+
+@triton.jit
+def _fitted(x, inside, AXIS: tl.constexpr, LEVELS: tl.constexpr):
+    """Codes, int32, scale and zero point of a line through x, about its mean."""
+    x = tl.minimum(tl.maximum(x, -HALF_MAX), HALF_MAX)
+    low = tl.min(tl.where(inside, x, HALF_MAX), AXIS)
+    high = tl.max(tl.where(inside, x, -HALF_MAX), AXIS)
+    middle = (low + high) / 2
+    x = tl.where(inside, x - tl.expand_dims(middle, AXIS), 0.0)
+    scale = (high - low) * (1.0 / LEVELS)
+    codes = _from_middle(x, scale, AXIS, LEVELS)
+    count = tl.maximum(tl.sum(inside.to(tl.float32), AXIS), 1.0)
+    if LEVELS == 3:
+        error = _squared_error(x, inside, codes, scale, scale * (-LEVELS / 2), AXIS)
+        for step in tl.static_range(1, 3):
+            part = scale * (1 - 0.15 * step)
+            other = _from_middle(x, part, AXIS, LEVELS)
+            new_error = _squared_error(x, inside, other, part, part * (-LEVELS / 2), AXIS)
+            is_better = (new_error < error) & (count > SHORT_GROUP)
+            codes = tl.where(tl.expand_dims(is_better, AXIS), other, codes)
+            error = tl.where(is_better, new_error, error)
+    mean = tl.sum(x, AXIS) / count
+    x = tl.where(inside, x - tl.expand_dims(mean, AXIS), 0.0)
+    level, about = _about_mean(codes, inside, count, AXIS)
+    scale = _ratio(tl.sum(about * x, AXIS), tl.sum(about * about, AXIS))
+    codes = affine_codes(x, tl.expand_dims(scale, AXIS), tl.expand_dims(-scale * level, AXIS),
+                         LEVELS)
+    level, about = _about_mean(codes, inside, count, AXIS)
+    scale = tl.minimum(_ratio(tl.sum(x * x, AXIS), tl.sum(about * x, AXIS)), HALF_MAX)
+    scale = scale.to(tl.float16).to(tl.float32)
+    zero = tl.minimum(tl.maximum(middle + mean - scale * level, -HALF_MAX), HALF_MAX)
+    return codes, scale, zero.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _from_middle(x, scale, AXIS: tl.constexpr, LEVELS: tl.constexpr):
+    """Codes of x about 0.
+
+    Example:
+        x -1, 1 and 3, scale 2, LEVELS 3: zero -3, codes 1, 2 and 3.
+    """
+    scale = tl.expand_dims(scale, AXIS)
+    return affine_codes(x, scale, scale * (-LEVELS / 2), LEVELS)
+
+
+@triton.jit
+def _about_mean(codes, inside, count, AXIS: tl.constexpr):
+    """The mean of codes along AXIS, and their distances from it, 0 outside."""
+    codes = codes.to(tl.float32)
+    mean = tl.sum(tl.where(inside, codes, 0.0), AXIS) / count
+    return mean, tl.where(inside, codes - tl.expand_dims(mean, AXIS), 0.0)
+
+
+@triton.jit
+def _ratio(above, below):
+    """0 where numbers are all alike."""
+    return tl.where(below > 0, above / tl.where(below > 0, below, 1.0), 0.0)
+
+
+@triton.jit
+def _squared_error(x, inside, codes, scale, zero, AXIS: tl.constexpr):
+    """Along AXIS, of what is stored, where x is inside."""
+    stored = codes.to(tl.float32) * tl.expand_dims(scale, AXIS) + tl.expand_dims(zero, AXIS)
+    return tl.sum(tl.where(inside, (stored - x) * (stored - x), 0.0), AXIS)
 
 
 @triton.jit

@@ -20,13 +20,12 @@ from pikv_kernels.make_sketch import (
     write_sketch,
 )
 from pikv_kernels.packing import (
-    affine_codes,
-    affine_range,
     float8_codes,
     float8_scale,
     pack,
     pack_low,
     packing_of,
+    quantised,
     tile_tokens,
 )
 
@@ -35,35 +34,31 @@ FLOAT8: tl.constexpr = tl.constexpr(1)
 
 
 @triton.jit
-def _ranges(x, inside, AXIS: tl.constexpr, FORMAT: tl.constexpr):
-    """Scale and zero point along AXIS."""
+def _encoded(x, inside, AXIS: tl.constexpr, FORMAT: tl.constexpr):
+    """Codes, and their scale and zero point along AXIS."""
     if FORMAT == FLOAT8:
         scale = float8_scale(x, inside, AXIS)
-        return scale, scale * 0.0
+        return float8_codes(x, tl.expand_dims(scale, AXIS)), scale, scale * 0.0
     else:
-        return affine_range(x, inside, AXIS, 2**FORMAT - 1)
+        return quantised(x, inside, AXIS, FORMAT)
 
 
 @triton.jit
 def _store_codes(
-    out, head, place, row, num_rows, channel, is_channel, x, scale, zero, FORMAT: tl.constexpr,
+    out, head, place, row, num_rows, channel, is_channel, codes, FORMAT: tl.constexpr,
     PLANES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Quantise a tile with scales that broadcast to it, pack it and store it."""
+    """Pack a tile of codes, or take plain numbers, and store it."""
     inside = (row < num_rows)[:, None] & is_channel[None, :]
-    if FORMAT == PLAIN:
-        store_tile(out, head, place, row, channel, x, inside)
-    elif FORMAT == FLOAT8:
-        store_tile(out, head, place, row, channel, float8_codes(x, scale), inside)
+    if FORMAT <= FLOAT8:
+        store_tile(out, head, place, row, channel, codes, inside)
     elif FORMAT == 3:
-        codes = affine_codes(x, scale, zero, 7)
         for half in tl.static_range(2):
             low = pack_low(codes, half, BLOCK_R, BLOCK_C)
             store_tile(out, head, place, half * num_rows + row, channel, low, inside)
         high = pack(codes >> 2, PLANES, BLOCK_R, BLOCK_C)
         store_tile(out, head, place, 2 * num_rows + row, channel, high, inside)
     else:
-        codes = affine_codes(x, scale, zero, 2**FORMAT - 1)
         store_tile(out, head, place, row, channel, pack(codes, PLANES, BLOCK_R, BLOCK_C), inside)
 
 
@@ -91,19 +86,21 @@ def _seal_keys(
     is_channel = channel < width
     inside = is_token[:, None] & is_channel[None, :]
     x = load_tile(keys, head, item, token, channel, inside)
-    scale, zero = tl.zeros_like(x), tl.zeros_like(x)
-    if FORMAT != PLAIN:
+    row = tl.arange(0, BLOCK_R)
+    if FORMAT == PLAIN:
+        _store_codes(out, head, place, row, page_size, channel, is_channel, x, FORMAT, PLANES,
+                     BLOCK_R, BLOCK_C)
+    else:
+        codes = tl.zeros([PLANES * BLOCK_R, BLOCK_C], tl.int32)
         for group in range(num_groups):
             is_mine = (token // (page_size // num_groups) == group)[:, None]
-            new_scale, new_zero = _ranges(x, inside & is_mine, 0, FORMAT)
-            scale = tl.where(is_mine, new_scale[None, :], scale)
-            _store_scale(scales, head, place, group, channel, new_scale, is_channel)
+            own, scale, zero = _encoded(x, inside & is_mine, 0, FORMAT)
+            codes = tl.where(is_mine, own, codes)
+            _store_scale(scales, head, place, group, channel, scale, is_channel)
             if FORMAT > FLOAT8:
-                zero = tl.where(is_mine, new_zero[None, :], zero)
-                _store_scale(zeros, head, place, group, channel, new_zero, is_channel)
-    row = tl.arange(0, BLOCK_R)
-    _store_codes(out, head, place, row, page_size // PLANES, channel, is_channel, x, scale, zero,
-                 FORMAT, PLANES, BLOCK_R, BLOCK_C)
+                _store_scale(zeros, head, place, group, channel, zero, is_channel)
+        _store_codes(out, head, place, row, page_size // PLANES, channel, is_channel, codes, FORMAT,
+                     PLANES, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
@@ -124,15 +121,15 @@ def _seal_values(
     channel += group * group_width
     inside = is_token[:, None] & is_channel[None, :]
     x = load_tile(values, head, item, token, channel, inside)
-    scale, zero = tl.sum(x, 1) * 0.0, tl.sum(x, 1) * 0.0
+    codes = x
     if FORMAT != PLAIN:
-        scale, zero = _ranges(x, inside, 1, FORMAT)
+        codes, scale, zero = _encoded(x, inside, 1, FORMAT)
         _store_scale(scales, head, place, token, group, scale, is_token)
         if FORMAT > FLOAT8:
             _store_scale(zeros, head, place, token, group, zero, is_token)
     row = first_row + tl.arange(0, BLOCK_R)
-    _store_codes(out, head, place, row, num_rows, channel, is_channel, x, scale[:, None],
-                 zero[:, None], FORMAT, PLANES, BLOCK_R, BLOCK_C)
+    _store_codes(out, head, place, row, num_rows, channel, is_channel, codes, FORMAT, PLANES,
+                 BLOCK_R, BLOCK_C)
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """Quantisation to 8, 4, 3 or 2 bits or float8, and the packing that `KVPages` and sketches use.
 
-Scales and zero points are float16. Both are rounded outwards, so that the lowest number of a group
-is never below its zero point and the highest never above its last code: a number and what is
-stored of it then differ by half a scale at most, however far from zero the group lies.
+Scales and zero points are float16. Where errors have to be bounded, both are rounded outwards, so
+that the lowest number of a group is never below its zero point and the highest never above its last
+code: a number and what is stored of it then differ by half a scale at most, however far from zero
+the group lies. Where few bits have to say much, the ends of a group are better cut off, and what is
+stored must not be smaller than what came: see `quantise`.
 """
 
 import torch
@@ -11,12 +13,22 @@ FLOAT8_MAX = 448.0
 HALF_MAX = 65504.0
 # The smallest positive float16: what a scale of 0 (all numbers alike) is replaced by in a division.
 HALF_TINY = 2.0**-24
+# Of a group's range, about its middle, from which two bits start: the more numbers, the further out
+# are its ends.
+SHARES, SHORT_GROUP = (1.0, 0.85, 0.7), 32
 
 
 def quantise(
     x: torch.Tensor, bits: int, dim: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes of x along `dim`, which shares one scale and one zero point.
+    """Codes of x along `dim`, which shares one scale and one zero point: 8 bits as `quantise_all`,
+    fewer by a line through the group, unless its squared error is more than twice as large, as far
+    from zero, where float16 is coarse.
+
+    The line of least squares would store numbers that are on the whole smaller than those that
+    came, and of keys that flattens the attention. So it gives codes, and the scale is the one at
+    which the stored numbers' product with the given ones, both about their means, is that of the
+    given ones with themselves. Two bits of long groups start from the best of three ranges.
 
     Args:
         x: any floating dtype; magnitudes beyond float16's 65504 saturate.
@@ -25,7 +37,28 @@ def quantise(
 
     Returns:
         codes like x, uint8 in [0, 2^bits); scale and zero, float16, of size 1 along `dim`;
-        x = codes * scale + zero to half a scale.
+        x is about codes * scale + zero.
+
+    Example:
+        Two bits of 0, 0, 0, 1, 2, 2, 2, 6: codes 0, 0, 0, 0, 1, 1, 1, 3 of scale 1.956, zero 0.158.
+    """
+    x = x.float()
+    covering = quantise_all(x, bits, dim)
+    if bits == 8:
+        return covering
+    fitted = _fitted(x.clamp(-HALF_MAX, HALF_MAX), bits, dim)
+    is_good = _squared_error(x, *fitted, dim) <= 2 * _squared_error(x, *covering, dim)
+    codes, scale, zero = (torch.where(is_good, *pair) for pair in zip(fitted, covering))
+    return codes.to(torch.uint8), scale.half(), zero.half()
+
+
+def quantise_all(
+    x: torch.Tensor, bits: int, dim: int = -1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `quantise`, with codes that reach from the lowest to the highest number of a group.
+
+    Returns:
+        codes, scale and zero; x = codes * scale + zero to half a scale.
 
     Example:
         Two bits of 0, 1, 2, 6: zero 0, scale 2, codes 0, 0, 1, 3 (a half rounds to even).
@@ -35,8 +68,58 @@ def quantise(
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     zero = floor_half(low)
     scale = ceil_half((high - zero.float()) / levels)
-    codes = (x - zero.float()) / scale.float().clamp(min=HALF_TINY)
-    return codes.clamp_(0, levels).round_().to(torch.uint8), scale, zero
+    return _nearest(x, scale.float(), zero.float(), levels).to(torch.uint8), scale, zero
+
+
+def _fitted(
+    x: torch.Tensor, bits: int, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scale and zero of the line, float32; the two last are of float16's numbers."""
+    levels = 2**bits - 1
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    middle, width = (low + high) / 2, high - low
+    x = x - middle  # sums are of small numbers
+    best = None
+    is_long = bits == 2 and x.shape[dim] > SHORT_GROUP
+    for share in SHARES if is_long else SHARES[:1]:
+        scale = width * (share / levels)
+        zero = scale * (-levels / 2)
+        codes = _nearest(x, scale, zero, levels)
+        error = _squared_error(x, codes, scale, zero, dim)
+        if best is None:
+            best = codes, error
+        else:
+            is_better = error < best[1]
+            best = [torch.where(is_better, *pair) for pair in zip((codes, error), best)]
+    mean = x.mean(dim, keepdim=True)
+    x = x - mean
+    level = best[0].mean(dim, keepdim=True)
+    about = best[0] - level
+    scale = _ratio((about * x).sum(dim, keepdim=True), about.square().sum(dim, keepdim=True))
+    codes = _nearest(x, scale, -scale * level, levels)
+    level = codes.mean(dim, keepdim=True)
+    scale = _ratio(x.square().sum(dim, keepdim=True), ((codes - level) * x).sum(dim, keepdim=True))
+    scale = scale.clamp(max=HALF_MAX).half().float()
+    zero = (middle + mean - scale * level).clamp(-HALF_MAX, HALF_MAX).half().float()
+    return codes, scale, zero
+
+
+def _nearest(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int
+) -> torch.Tensor:
+    """Codes of x, float32."""
+    return ((x - zero) / scale.clamp(min=HALF_TINY)).clamp_(0, levels).round_()
+
+
+def _squared_error(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dim: int
+) -> torch.Tensor:
+    return (codes * scale.float() + zero.float() - x).square().sum(dim, keepdim=True)
+
+
+def _ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """0 where numbers are all alike."""
+    return torch.where(below > 0, above / below, 0.0)
 
 
 def quantise_float8(x: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:

