@@ -12,6 +12,7 @@ from pikv_megatron.codec.calibration import read_moments, read_shard_moments
 from pikv_megatron.codec.codec import PageCodec
 from pikv_megatron.layer_options import LayerOptions, LayerOverride
 from pikv_megatron.layer_spec import LayerShape, LayerSpec
+from pikv_megatron.options import PathBeside
 from pikv_megatron.presets import preset_values
 from pikv_megatron.retention.budget import BytesBudget
 from pikv_megatron.sketch.keys import KeysOptions
@@ -71,8 +72,8 @@ class PiKVConfig(LayerOptions):
     memory_limit: ByteSize | None = Field(None, ge=1)
     lean_experts: bool = True
     cuda_graphs: bool = False
-    calibration: Path | None = None
-    learned: Path | None = None
+    calibration: PathBeside | None = None
+    learned: PathBeside | None = None
     layers: tuple[LayerOverride, ...] = ()
 
     @model_validator(mode="before")
@@ -119,14 +120,16 @@ class PiKVConfig(LayerOptions):
             raise ValueError(f"{path}: cannot read the PiKV configuration: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a mapping of PiKVConfig fields")
-        if isinstance(values.get("calibration"), str):
-            values["calibration"] = _calibration_beside(path, values["calibration"])
-        if isinstance(values.get("learned"), str):
-            values["learned"] = _beside(path, values["learned"])
         try:
-            return cls(**values)
+            config = cls.model_validate(values, context={"folder": path.parent})
         except ValidationError as error:
             raise ValueError(f"{path}: {error}") from error
+        if config.calibration is not None and not config.calibration.is_file():
+            raise ValueError(
+                f"{path}: calibration {values['calibration']}: there is no file "
+                f"{config.calibration}; a relative path begins at the folder of {path.name}"
+            )
+        return config
 
     def to_file(self, path: Path) -> None:
         """Write a YAML file of what differs from the defaults, which `from_file` reads."""
@@ -306,21 +309,6 @@ class PiKVConfig(LayerOptions):
         num_paged = sum(shape.sliding_window is None for shape in layers)
         budget = options.budget.for_layer(layer, len(layers), num_paged)
         return options.model_copy(update={"budget": budget})
-
-
-def _beside(path: Path, named: str) -> Path:
-    """What a configuration at `path` names."""
-    return Path(os.path.normpath(path.parent / named))
-
-
-def _calibration_beside(path: Path, calibration: str) -> Path:
-    found = _beside(path, calibration)
-    if not found.is_file():
-        raise ValueError(
-            f"{path}: calibration {calibration}: there is no file {found}; a relative path begins "
-            f"at the folder of {path.name}"
-        )
-    return found
 
 
 def _check_across_layers(layers: Sequence[LayerOptions]) -> None:

@@ -5,9 +5,11 @@ models of a family are a union told apart by `name`; where a method needs no par
 name will do: `selector: mass` is `selector: {name: mass}`.
 """
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, Union, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 
 class Options(BaseModel):
@@ -55,6 +57,18 @@ def members(family_type: Any) -> dict[str, type[Options]]:
     """The models of a family by name."""
     union = get_args(get_args(family_type)[0])
     return {member.model_fields["name"].default: member for member in union}
+
+
+def _beside_file(value: Any, info: ValidationInfo) -> Any:
+    folder = (info.context or {}).get("folder")
+    if folder is None or not isinstance(value, str):
+        return value
+    return Path(os.path.abspath(folder / value))
+
+
+# A path that begins at the folder of the file which names it: the `folder` of the context in which
+# options are validated.
+PathBeside = Annotated[Path, BeforeValidator(_beside_file)]
 
 
 def _from_name(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Methods are named and given parameters; what does not fit is refused by name."""
 
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +99,24 @@ def test_a_calibration_is_looked_for_beside_its_configuration(tmp_path):
     assert PiKVConfig.from_file(path).calibration == calibration
     path.write_text(f"calibration: {calibration}\n")
     assert PiKVConfig.from_file(path).calibration == calibration
+
+
+def test_every_path_begins_at_the_folder_of_its_file(tmp_path):
+    path = tmp_path / "some/own.yaml"
+    path.parent.mkdir()
+    path.write_text("""
+        learned: ../learned.safetensors
+        router: reinforced
+        sketch: low_rank
+        retention: {name: flexgen, directory: tiers}
+        layers: [{match: 0, retention: {name: flexgen, directory: /elsewhere}}]
+    """)
+    config = PiKVConfig.from_file(path)
+    assert config.learned == tmp_path / "learned.safetensors"
+    assert config.retention.directory == path.parent / "tiers"
+    assert config.layers[0].retention.directory == Path("/elsewhere")
+    config.to_file(tmp_path / "written.yaml")
+    assert PiKVConfig.from_file(tmp_path / "written.yaml") == config
 
 
 @pytest.mark.parametrize("path", preset_files().values(), ids=lambda path: path.stem)

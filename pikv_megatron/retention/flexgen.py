@@ -9,11 +9,11 @@ as without tiers. It pays where a selector reads less than lies on the device: w
 step brings every page.
 """
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from pikv_megatron.options import PathBeside
 from pikv_megatron.retention.base import RetentionOptions
 from pikv_megatron.types import TierPlan
 
@@ -27,7 +27,7 @@ class FlexGenOptions(RetentionOptions):
         description="share of a rank's pages in host memory, at most; what is neither there nor on "
         "the device, where the budget has it, lies in a file",
     )
-    directory: Path | None = Field(
+    directory: PathBeside | None = Field(
         None, description="where each rank's files lie, one a layer; null: the system's directory "
         "for such files"
     )
