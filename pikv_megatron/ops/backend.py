@@ -11,9 +11,11 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 # What a CPU has C++ kernels for; the rest is a call or two of torch.
-CPU_KERNELS = ("attend_means", "chosen_experts", "decode_attention", "merge_states", "score_pages")
-# Those without one in Triton.
-CPU_ONLY = ("chosen_experts",)
+CPU_KERNELS = (
+    "attend_means", "chosen_experts", "decode_attention", "merge_states", "quantise", "score_pages",
+)
+# Those without one in Triton; pages are quantised there as they are sealed.
+CPU_ONLY = ("chosen_experts", "quantise")
 
 
 def kernel_op(name: str, tensor: torch.Tensor) -> Callable | None:

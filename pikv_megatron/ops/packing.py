@@ -9,6 +9,8 @@ stored must not be smaller than what came: see `quantise`.
 
 import torch
 
+from pikv_megatron.ops.backend import kernel_op
+
 FLOAT8_MAX = 448.0
 HALF_MAX = 65504.0
 # The smallest positive float16: what a scale of 0 (all numbers alike) is replaced by in a division.
@@ -42,6 +44,9 @@ def quantise(
     Example:
         Two bits of 0, 0, 0, 1, 2, 2, 2, 6: codes 0, 0, 0, 0, 1, 1, 1, 3 of scale 1.956, zero 0.158.
     """
+    kernel = kernel_op("quantise", x)
+    if kernel is not None:
+        return kernel(x, bits, dim)
     x = x.float()
     covering = quantise_all(x, bits, dim)
     if bits == 8:
