@@ -7,7 +7,7 @@ Legend: ng KV heads, c full buffers, p rows of the sketch, S tokens a page, w wi
 import torch
 
 from pikv_megatron.ops.backend import kernel_op
-from pikv_megatron.ops.packing import pack, quantise_all
+from pikv_megatron.ops.packing import pack, quantise_covering
 from pikv_megatron.types import BoundingBoxSketch, LowRankSketch, MeanKeySketch, PageSketch
 
 
@@ -65,7 +65,7 @@ def _low_rank(
     keys: torch.Tensor, sketch: LowRankSketch, residual: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     bits = sketch.codes.shape[2] * 8 // sketch.page_size
-    codes, scale, zero = quantise_all(keys, bits, dim=2)
+    codes, scale, zero = quantise_covering(keys, bits, dim=2)
     if residual is None:
         residual = sketch.residual.new_full(keys.shape[:2], torch.inf)
     return {

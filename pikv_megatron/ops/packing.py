@@ -23,14 +23,16 @@ SHARES, SHORT_GROUP = (1.0, 0.85, 0.7), 32
 def quantise(
     x: torch.Tensor, bits: int, dim: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes of x along `dim`, which shares one scale and one zero point: 8 bits as `quantise_all`,
-    fewer by a line through the group, unless its squared error is more than twice as large, as far
-    from zero, where float16 is coarse.
+    """Codes of x along `dim`, which shares one scale and one zero point.
+
+    8 bits are those of `quantise_covering`, and fewer are of a line through the group, unless its
+    squared error is more than twice as large, as far from zero, where float16 is coarse.
 
     The line of least squares would store numbers that are on the whole smaller than those that
     came, and of keys that flattens the attention. So it gives codes, and the scale is the one at
     which the stored numbers' product with the given ones, both about their means, is that of the
-    given ones with themselves. Two bits of long groups start from the best of three ranges.
+    given ones with themselves (so that products with queries are right in the mean, as RaBitQ's,
+    arXiv 2405.12497, are). Two bits of long groups start from the best of three ranges.
 
     Args:
         x: any floating dtype; magnitudes beyond float16's 65504 saturate.
@@ -48,7 +50,7 @@ def quantise(
     if kernel is not None:
         return kernel(x, bits, dim)
     x = x.float()
-    covering = quantise_all(x, bits, dim)
+    covering = quantise_covering(x, bits, dim)
     if bits == 8:
         return covering
     fitted = _fitted(x.clamp(-HALF_MAX, HALF_MAX), bits, dim)
@@ -57,7 +59,7 @@ def quantise(
     return codes.to(torch.uint8), scale.half(), zero.half()
 
 
-def quantise_all(
+def quantise_covering(
     x: torch.Tensor, bits: int, dim: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `quantise`, with codes that reach from the lowest to the highest number of a group.

@@ -10,7 +10,7 @@ from pikv_megatron.ops.packing import (
     floor_half,
     pack,
     quantise,
-    quantise_all,
+    quantise_covering,
     quantise_float8,
     unpack,
 )
@@ -24,7 +24,7 @@ NUMBERS = st.floats(-60000, 60000, width=32, allow_subnormal=False)
 @given(st.lists(NUMBERS, min_size=1, max_size=20), st.sampled_from([2, 3, 4, 8]))
 def test_a_number_is_off_by_half_a_scale(numbers, bits):
     x = torch.tensor(numbers)
-    codes, scale, zero = quantise_all(x, bits)
+    codes, scale, zero = quantise_covering(x, bits)
     stored = codes.double() * scale.double() + zero.double()
     # Besides half a scale, the last place of float32 in x - zero.
     slack = x.double().abs() * 2.0**-22 + scale.double() * 2.0**-15
@@ -41,7 +41,7 @@ def expanded(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> to
 def test_a_line_is_never_much_worse_than_all_of_the_range(numbers, bits):
     x = torch.tensor(numbers)
     codes, *rest = quantise(x, bits)
-    errors = [(expanded(*of(x, bits)) - x).square().sum() for of in (quantise, quantise_all)]
+    errors = [(expanded(*of(x, bits)) - x).square().sum() for of in (quantise, quantise_covering)]
     # Besides twice the error, the last place of float32 in the numbers.
     assert errors[0] <= 2 * errors[1] + len(x) * (2.0**-20 * x.double().abs().max()) ** 2
     assert int(codes.max()) < 2**bits and all(part.isfinite().all() for part in rest)
@@ -51,7 +51,7 @@ def test_a_line_is_never_much_worse_than_all_of_the_range(numbers, bits):
 @pytest.mark.parametrize("group", [32, 64])
 def test_a_line_stores_more_of_a_group_and_nothing_smaller(bits, most, group):
     x = torch.randn(500, group, generator=torch.Generator().manual_seed(0)) + 3
-    errors = [(expanded(*of(x, bits)) - x).norm() for of in (quantise, quantise_all)]
+    errors = [(expanded(*of(x, bits)) - x).norm() for of in (quantise, quantise_covering)]
     assert errors[0] <= most * errors[1]
     about = x.double() - x.double().mean(1, keepdim=True)
     products = (expanded(*quantise(x, bits)) * about).sum(1), about.square().sum(1)
@@ -84,7 +84,7 @@ def test_what_was_stored_is_stored_again_as_it_is(bits):
 
 
 def test_the_groups_of_the_docstrings():
-    codes, scale, zero = quantise_all(torch.tensor([0.0, 1, 2, 6]), 2)
+    codes, scale, zero = quantise_covering(torch.tensor([0.0, 1, 2, 6]), 2)
     assert codes.tolist() == [0, 0, 1, 3] and scale.item() == 2 and zero.item() == 0
     codes, scale, zero = quantise(torch.tensor([0.0, 0, 0, 1, 2, 2, 2, 6]), 2)
     assert codes.tolist() == [0, 0, 0, 0, 1, 1, 1, 3]
@@ -95,7 +95,7 @@ def test_the_groups_of_the_docstrings():
 
 
 def test_numbers_that_are_all_alike_are_kept_to_float16():
-    codes, scale, zero = quantise_all(torch.full((3, 8), 0.1), 4)
+    codes, scale, zero = quantise_covering(torch.full((3, 8), 0.1), 4)
     stored = codes * scale.float() + zero.float()
     assert (stored - 0.1).abs().max() <= scale.float().max() / 2 <= 1e-4
     codes, scale, zero = quantise(torch.zeros(8), 2)
