@@ -37,6 +37,15 @@ Vec floor_half(Vec x) {
   return as_half(near > x ? near - step : near);
 }
 
+// Numbers of groups, one of each group a vector.
+struct Column {
+  std::vector<float> numbers;
+
+  explicit Column(int64_t length) : numbers(length * kLanes) {}
+  Vec operator[](int64_t i) const { return load(numbers.data() + i * kLanes); }
+  void set(int64_t i, Vec v) { store(numbers.data() + i * kLanes, v); }
+};
+
 // Codes on a line, and what they stand for.
 struct Line {
   Vec scale, zero;
@@ -45,7 +54,7 @@ struct Line {
     const Vec place = (x - zero) / larger(scale, spread(kHalfTiny));
     return rounded(smaller(larger(place, Vec{}), spread(levels)));
   }
-  Vec error(const Vec* x, const Vec* codes, int64_t length) const {
+  Vec error(const Column& x, const Column& codes, int64_t length) const {
     Vec total = {};
     for (int64_t i = 0; i < length; ++i) {
       const Vec off = codes[i] * scale + zero - x[i];
@@ -58,18 +67,18 @@ struct Line {
 // Groups of `length` numbers; `x` is changed.
 struct Groups {
   int64_t length;
-  std::vector<Vec> x, about, codes, other, tried;
+  Column x, about, codes, other, tried;
 
   explicit Groups(int64_t length)
       : length(length), x(length), about(length), codes(length), other(length), tried(length) {}
 
-  Vec mean(const std::vector<Vec>& of) const {
+  Vec mean(const Column& of) const {
     Vec total = {};
     for (int64_t i = 0; i < length; ++i) total += of[i];
     return total / static_cast<float>(length);
   }
-  void encode(const std::vector<Vec>& of, const Line& line, float levels, std::vector<Vec>& out) {
-    for (int64_t i = 0; i < length; ++i) out[i] = line.code(of[i], levels);
+  void encode(const Column& of, const Line& line, float levels, Column& out) {
+    for (int64_t i = 0; i < length; ++i) out.set(i, line.code(of[i], levels));
   }
 
   // `codes` that reach from the lowest to the highest number.
@@ -84,10 +93,10 @@ struct Groups {
   // `other`, of least squares, and the scale at which products are kept.
   Line fit(Vec low, Vec high, float levels) {
     const Vec middle = (low + high) / 2.0f;
-    for (int64_t i = 0; i < length; ++i) about[i] = within(x[i], kHalfMax) - middle;
+    for (int64_t i = 0; i < length; ++i) about.set(i, within(x[i], kHalfMax) - middle);
     start(high - low, levels);
     const Vec offset = mean(about);
-    for (int64_t i = 0; i < length; ++i) about[i] -= offset;
+    for (int64_t i = 0; i < length; ++i) about.set(i, about[i] - offset);
     Vec level = mean(other), product = {}, square = {};
     for (int64_t i = 0; i < length; ++i) {
       const Vec code = other[i] - level;
@@ -113,9 +122,9 @@ struct Groups {
       const Vec scale = width * (kShares[s] / levels);
       const Line line = {scale, scale * (-levels / 2)};
       encode(about, line, levels, tried);
-      const Vec error = line.error(about.data(), tried.data(), length);
+      const Vec error = line.error(about, tried, length);
       const auto is_better = error < best;
-      for (int64_t i = 0; i < length; ++i) other[i] = is_better ? tried[i] : other[i];
+      for (int64_t i = 0; i < length; ++i) other.set(i, is_better ? tried[i] : other[i]);
       best = smaller(error, best);
     }
   }
@@ -128,9 +137,9 @@ struct Groups {
     const Line covering = cover(low, high, levels);
     if (bits == 8) return covering;
     const Line line = fit(within(low, kHalfMax), within(high, kHalfMax), levels);
-    const Vec most = 2.0f * covering.error(x.data(), codes.data(), length);
-    const auto is_good = line.error(x.data(), other.data(), length) <= most;
-    for (int64_t i = 0; i < length; ++i) codes[i] = is_good ? other[i] : codes[i];
+    const Vec most = 2.0f * covering.error(x, codes, length);
+    const auto is_good = line.error(x, other, length) <= most;
+    for (int64_t i = 0; i < length; ++i) codes.set(i, is_good ? other[i] : codes[i]);
     return {is_good ? line.scale : covering.scale, is_good ? line.zero : covering.zero};
   }
 };
@@ -153,7 +162,7 @@ void quantise(const Call& call, int64_t first, int64_t count, Groups& groups) {
   }
   for (int64_t i = 0; i < call.length; ++i) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      groups.x[i][lane] = call.x[place[lane] + i * call.inner];
+      groups.x.numbers[i * kLanes + lane] = call.x[place[lane] + i * call.inner];
     }
   }
   const Line line = groups.quantise(call.bits);
