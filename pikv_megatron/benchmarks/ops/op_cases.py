@@ -142,7 +142,8 @@ def _empty_pages(grid: Grid, payload: str, page_size: int) -> KVPages:
 
 
 def _seal_error(keys: torch.Tensor, values: torch.Tensor, pages: KVPages) -> float:
-    """The largest error as a share of what the payload allows: half a scale, or half a place."""
+    """The largest error as a share of what the payload allows: half a scale, or half a place; of
+    fewer than 8 bits, whose codes may cut off a group's ends, the root of the mean square."""
     listed, worst = torch.arange(NUM_BUFFERS, device=keys.device), 0.0
     for group in range(NUM_GROUPS):
         kept = plain_numbers(pages, group, listed)
@@ -155,8 +156,12 @@ def _seal_error(keys: torch.Tensor, values: torch.Tensor, pages: KVPages) -> flo
                 allowed = allowed + scale[group, listed].double() * (
                     0.501 if pages.value_zero is not None else 2.0**-10
                 )
-            error = ((stored.view_as(exact) - exact).abs() / allowed).amax()
-            worst = max(worst, float(error.nan_to_num(torch.inf)))
+            error = (stored.view_as(exact) - exact).abs()
+            if pages.value_zero is not None and pages.key_bits < 8:
+                share = (error.square().mean() / allowed.square().mean()).sqrt()
+            else:
+                share = (error / allowed).amax()
+            worst = max(worst, float(share.nan_to_num(torch.inf)))
     return worst
 
 
