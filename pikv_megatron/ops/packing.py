@@ -15,9 +15,9 @@ FLOAT8_MAX = 448.0
 HALF_MAX = 65504.0
 # The smallest positive float16: what a scale of 0 (all numbers alike) is replaced by in a division.
 HALF_TINY = 2.0**-24
-# Of a group's range, about its middle, from which two bits start: the more numbers, the further out
-# are its ends.
-SHARES, SHORT_GROUP = (1.0, 0.85, 0.7), 32
+# Besides a group's range, parts of it about its middle, from which two bits of longer groups may
+# start: the more numbers, the further out are its ends.
+SHORT_GROUP, SHARES = 32, (0.85, 0.7)
 
 
 def quantise(
@@ -86,22 +86,16 @@ def _fitted(
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     middle, width = (low + high) / 2, high - low
     x = x - middle  # sums are of small numbers
-    best = None
+    codes, error = _about_middle(x, width / levels, levels, dim)
     is_long = bits == 2 and x.shape[dim] > SHORT_GROUP
-    for share in SHARES if is_long else SHARES[:1]:
-        scale = width * (share / levels)
-        zero = scale * (-levels / 2)
-        codes = _nearest(x, scale, zero, levels)
-        error = _squared_error(x, codes, scale, zero, dim)
-        if best is None:
-            best = codes, error
-        else:
-            is_better = error < best[1]
-            best = [torch.where(is_better, *pair) for pair in zip((codes, error), best)]
+    for share in SHARES if is_long else ():
+        other = _about_middle(x, width * (share / levels), levels, dim)
+        is_better = other[1] < error
+        codes, error = (torch.where(is_better, *pair) for pair in zip(other, (codes, error)))
     mean = x.mean(dim, keepdim=True)
     x = x - mean
-    level = best[0].mean(dim, keepdim=True)
-    about = best[0] - level
+    level = codes.mean(dim, keepdim=True)
+    about = codes - level
     scale = _ratio((about * x).sum(dim, keepdim=True), about.square().sum(dim, keepdim=True))
     codes = _nearest(x, scale, -scale * level, levels)
     level = codes.mean(dim, keepdim=True)
@@ -109,6 +103,15 @@ def _fitted(
     scale = scale.clamp(max=HALF_MAX).half().float()
     zero = (middle + mean - scale * level).clamp(-HALF_MAX, HALF_MAX).half().float()
     return codes, scale, zero
+
+
+def _about_middle(
+    x: torch.Tensor, scale: torch.Tensor, levels: int, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of x with 0 in their middle, float32, and their squared error."""
+    zero = scale * (-levels / 2)
+    codes = _nearest(x, scale, zero, levels)
+    return codes, _squared_error(x, codes, scale, zero, dim)
 
 
 def _nearest(
