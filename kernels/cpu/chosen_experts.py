@@ -19,8 +19,8 @@ def chosen_experts(
         weight1: [E, 2f, h], contiguous, the gates first.
         weight2: [E, h, f], contiguous.
     """
-    tokens, experts, weights = tokens.contiguous(), experts.contiguous(), weights.float()
-    weights = weights.contiguous()
+    tokens, experts = tokens.contiguous(), experts.contiguous()
+    weights = weights.float().contiguous()
     out = torch.empty(tokens.shape)
     call("chosen_experts", [
         *experts.shape, *weight2.shape, TYPES[tokens.dtype], experts.data_ptr(),

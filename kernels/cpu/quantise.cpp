@@ -9,7 +9,7 @@ namespace pikv {
 namespace {
 
 constexpr float kHalfMax = 65504.0f, kHalfTiny = 0x1p-24f;
-constexpr float kShares[] = {1.0f, 0.85f, 0.7f};
+constexpr float kShares[] = {0.85f, 0.7f};
 constexpr int64_t kShortGroup = 32;
 // Numbers below which threads cost more than they give.
 constexpr int64_t kLeastShared = 1 << 15;
@@ -19,10 +19,10 @@ Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 Vec within(Vec x, float most) { return larger(smaller(x, spread(most)), spread(-most)); }
 Vec rounded(Vec x) { return (x + 12582912.0f) - 12582912.0f; }
 Vec ratio(Vec above, Vec below) {
-  return below > 0.0f ? above / (below > 0.0f ? below : spread(1.0f)) : Vec{};
+  return below > 0.0f ? above / below : Vec{};
 }
 
-// The float16 nearest to x, which is one's or smaller.
+// The float16 nearest to x, up to kHalfMax.
 Vec as_half(Vec x) {
   const Ints bits = (Ints)x, odd = bits >> 13 & 1;
   const Vec normal = (Vec)((bits + 0xfff + odd) & ~0x1fff);
@@ -64,7 +64,7 @@ struct Line {
   }
 };
 
-// Groups of `length` numbers; `x` is changed.
+// Groups of `length` numbers, `x`.
 struct Groups {
   int64_t length;
   Column x, about, codes, other, tried;
@@ -116,11 +116,13 @@ struct Groups {
 
   // `other` from the best of the ranges about the middle.
   void start(Vec width, float levels) {
-    const int count = levels == 3.0f && length > kShortGroup ? 3 : 1;
-    Vec best = spread(INFINITY);
-    for (int s = 0; s < count; ++s) {
-      const Vec scale = width * (kShares[s] / levels);
-      const Line line = {scale, scale * (-levels / 2)};
+    const auto about_middle = [levels](Vec scale) { return Line{scale, scale * (-levels / 2)}; };
+    const Line whole = about_middle(width / levels);
+    encode(about, whole, levels, other);
+    if (levels != 3.0f || length <= kShortGroup) return;
+    Vec best = whole.error(about, other, length);
+    for (const float share : kShares) {
+      const Line line = about_middle(width * (share / levels));
       encode(about, line, levels, tried);
       const Vec error = line.error(about, tried, length);
       const auto is_better = error < best;

@@ -5,14 +5,13 @@ import torch
 from guarded_pools import PageSpec, empty_pages, empty_sketch, page_specs, seal_case
 from hypothesis import given, settings
 from huge_pools import huge_pool, without_copies
-from payloads import PAYLOADS, PLAIN, sides, together
+from payloads import PAYLOADS, PLAIN, is_fitted, sides, together
 
 from pikv_megatron.ops.make_sketch import make_sketch as torch_sketch
 from pikv_megatron.ops.seal_page import seal_page as torch_seal
 from pikv_megatron.types import KVPages
 
 NUM_PAGES = 7
-FITTED = "int4", "int3", "int2"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, spec: PageSpec) -> Non
     Lines through groups are of sums, whose order is anyone's: few bytes may differ, and scales by
     the last place of float16.
     """
-    if any(side in FITTED for side in sides(spec.payload)):
+    if any(map(is_fitted, sides(spec.payload))):
         if ours.dtype == torch.uint8:
             assert (ours != theirs).sum() <= 0.01 * ours.numel()
             return

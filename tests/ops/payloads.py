@@ -19,6 +19,11 @@ def together(payload: str) -> int:
     return max(_TOGETHER.get(side, 1) for side in sides(payload))
 
 
+def is_fitted(side: str) -> bool:
+    """Whether codes are of a line through each group, which may cut off its ends."""
+    return side in _TOGETHER
+
+
 def bits_of(side: str) -> int:
     """Of a scaled number."""
     return 8 if side == "float8" else int(side.removeprefix("int"))

@@ -12,12 +12,10 @@ from pikv_kernels.cpu.chosen_experts import chosen_experts
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
-@pytest.fixture(scope="module", params=[1, 3], autouse=True)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("threads"),
+    pytest.mark.parametrize("threads", [1, 3], indirect=True),
+]
 
 
 def expected(tokens, experts, weights, weight1, weight2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,11 +24,12 @@ def expected(tokens, experts, weights, weight1, weight2) -> tuple[torch.Tensor, 
     for token, chosen in enumerate(experts.tolist()):
         for rank, expert in enumerate(chosen):
             if 0 <= expert < len(weight1):
-                own = weight1[expert].double(), tokens[token].double(), weights[token, rank].double()
-                gate, up = (own[0] @ own[1]).chunk(2)
-                out[token] += weight2[expert].double() @ (F.silu(gate) * up * own[2])
-                gate, up = (own[0].abs() @ own[1].abs()).chunk(2)
-                size[token] += weight2[expert].double().abs() @ (gate * up * own[2])
+                first, second = weight1[expert].double(), weight2[expert].double()
+                x, weight = tokens[token].double(), weights[token, rank].double()
+                gate, up = (first @ x).chunk(2)
+                out[token] += second @ (F.silu(gate) * up * weight)
+                gate, up = (first.abs() @ x.abs()).chunk(2)
+                size[token] += second.abs() @ (gate * up * weight)
     return out, size
 
 

@@ -58,12 +58,10 @@ def test_a_line_stores_more_of_a_group_and_nothing_smaller(bits, most, group):
     torch.testing.assert_close(*products, rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("shape, dim", [((3, 5, 40, 33), 2), ((90, 8, 64), -1), ((2, 7), 0)])
 def test_groups_may_lie_along_any_dimension(shape, dim, threads):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     for bits in (2, 3, 4, 8):
         parts = quantise(x.transpose(0, 1), bits, 1 if dim == 0 else dim)
         moved = quantise(x.movedim(dim, -1).contiguous(), bits)
@@ -72,7 +70,6 @@ def test_groups_may_lie_along_any_dimension(shape, dim, threads):
             (expanded(*moved) - x.movedim(dim, -1)).square().sum(-1),
         ]
         torch.testing.assert_close(*errors, rtol=1e-3, atol=1e-9)
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -16,13 +16,11 @@ LISTS = (
 SCALE = 0.2
 
 
-@pytest.fixture(scope="module", params=[1, 2, 5], autouse=True)
-def threads(request):
-    """Parts of a sequence are dealt to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+# Parts of a sequence are dealt to threads.
+pytestmark = [
+    pytest.mark.usefixtures("threads"),
+    pytest.mark.parametrize("threads", [1, 2, 5], indirect=True),
+]
 
 
 def one_by_one(query, lists):

@@ -12,7 +12,7 @@ from guarded_pools import (
 )
 from hypothesis import given, settings
 from oracle import expand, expand_pages
-from payloads import PAYLOADS, sides
+from payloads import PAYLOADS, bits_of, is_fitted, sides
 
 from pikv_megatron.ops.make_sketch import make_sketch
 from pikv_megatron.ops.packing import quantise
@@ -20,7 +20,6 @@ from pikv_megatron.ops.seal_page import seal_page
 from pikv_megatron.types import BoundingBoxSketch, KVPages
 
 NUM_PAGES = 7
-FITTED = {"int4": 4, "int3": 3, "int2": 2}  # bits of what is stored by a line through a group
 # A plain number is off by half of its last place; float8 by a sixteenth.
 RELATIVE = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float8": 2.0**-4}
 
@@ -45,9 +44,9 @@ def test_every_payload_and_sketch(spec):
         if x is None:  # columns of the keys, all of them
             continue
         stored = stored[:, named]
-        if side in FITTED:
+        if is_fitted(side):
             groups = (2, spec.key_groups, 3) if x is case.keys else (3, spec.value_groups, 4)
-            torch.testing.assert_close(stored, fitted(x[:, is_kept], FITTED[side], *groups))
+            torch.testing.assert_close(stored, fitted(x[:, is_kept], bits_of(side), *groups))
             continue
         x = x.double()[:, is_kept]
         slack = x.abs() * (RELATIVE.get(side, 0) + 2.0**-20) + 1e-7
