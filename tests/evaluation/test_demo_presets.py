@@ -28,7 +28,7 @@ CODECS = {
 
 
 class Evaluations:
-    """Each cache is evaluated once, when the first test asks for it, but the lossless one before."""
+    """Each cache is evaluated once, when a test first asks for it, but the lossless one before."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._evaluator = Evaluator(model, VOCAB_SIZE, batch_size=8)
